@@ -1,0 +1,31 @@
+//! CPU kernels: slices in, slices out.
+//!
+//! This crate knows matrices, pictures in NHWC order and attention heads; it
+//! deliberately does not know what a model is, what a tensor is, or where
+//! weights come from. Every kernel takes a [`Cpu`], which carries the thread
+//! pool and the instruction set that was chosen at run time.
+//!
+//! Two rules hold for every kernel:
+//!
+//! * the bytes of the result never depend on the number of threads, nor on
+//!   the rows that happen to share the call (a batch of `n` equals `n` singles);
+//! * accumulation is in float32 whatever the [`Element`] is, and a value is
+//!   rounded to the element type once, when it is stored.
+
+mod aligned;
+mod attention;
+mod conv;
+mod cpu;
+mod element;
+mod elementwise;
+mod gemm;
+mod norm;
+
+pub use aligned::AlignedVec;
+pub use attention::{AttentionShape, Heads, attention};
+pub use conv::{ConvShape, conv2d};
+pub use cpu::{Cpu, CpuConfig, CpuError, Isa};
+pub use element::{Element, ElementKind};
+pub use elementwise::{activate, add, concat_columns, convert};
+pub use gemm::{Activation, Epilogue, GroupBias, PackedMatrix, geglu, linear};
+pub use norm::{GroupNormShape, group_norm, layer_norm};

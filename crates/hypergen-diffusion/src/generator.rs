@@ -1,0 +1,157 @@
+//! The whole contract between whoever asks for pictures and whatever draws
+//! them, on one page.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::request::{Request, Size};
+
+/// A finished picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    /// Width and height.
+    pub size: Size,
+    /// 8-bit RGB, rows from top to bottom, `3 * width * height` bytes.
+    pub rgb: Vec<u8>,
+    /// What the user should know, a sentence each (a truncated prompt, say).
+    pub warnings: Vec<String>,
+}
+
+/// What a loaded model is, for people and programs that look.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// Name as the user gave it, or the embedded model's.
+    pub name: String,
+    /// Family in words: `Stable Diffusion 1.x`, `SDXL`.
+    pub family: String,
+    /// Size that the model was trained for.
+    pub native_size: Size,
+    /// The sampler that the checkpoint names.
+    pub sampler: String,
+    /// `cpu`.
+    pub device: String,
+    /// Instruction set in use: `amx-bf16`, `avx512`, `avx2`, `portable`.
+    pub isa: String,
+    /// `float32` or `bfloat16`.
+    pub dtype: String,
+    /// Threads that share the work.
+    pub threads: usize,
+    /// Memory that the weights take, in bytes.
+    pub weight_bytes: usize,
+    /// Steps where a request gives none, if the model has its own (distilled ones).
+    pub default_steps: Option<usize>,
+    /// Guidance where a request gives none, if the model has its own.
+    pub default_guidance: Option<f64>,
+    /// Smallest guidance scale that the model takes: 1, or 0 for distilled ones.
+    pub min_guidance: f64,
+}
+
+/// Parts of a generation that take time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Tokenizing and encoding the prompts.
+    Text,
+    /// One denoising step, both halves of guidance included.
+    Step,
+    /// Latents to pixels.
+    Decode,
+}
+
+/// Watches a generation, and may stop it. All methods have harmless defaults.
+pub trait Observer {
+    /// A stage has ended. For [`Stage::Step`], `index` of `count` steps is
+    /// done; for the others both are 1.
+    fn stage(&mut self, stage: Stage, index: usize, count: usize, elapsed: Duration) {
+        let _ = (stage, index, count, elapsed);
+    }
+
+    /// Asked before the text, before each step and before decoding: is
+    /// request `index` of the batch no longer wanted? When none is, the
+    /// generation stops there.
+    fn cancelled(&mut self, index: usize) -> bool {
+        let _ = index;
+        false
+    }
+}
+
+/// An observer that does nothing.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// Something that draws pictures: a loaded model, a fake in a test, or one
+/// day a remote worker.
+pub trait Generator: Send {
+    /// What it is.
+    fn info(&self) -> ModelInfo;
+
+    /// Checks a request against what this model can do (sampler, size,
+    /// guidance) without drawing it.
+    ///
+    /// # Errors
+    /// With [`ErrorKind::Request`].
+    fn check(&self, request: &Request) -> Result<(), Error>;
+
+    /// Draws all requests in shared forward passes; they must agree
+    /// ([`Request::agrees_with`]). The pictures come in the requests' order
+    /// and equal those of single runs bit for bit.
+    ///
+    /// # Errors
+    /// One error for the whole batch; with [`ErrorKind::Cancelled`] when the
+    /// observer wants none of the pictures any more.
+    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error>;
+}
+
+/// Whose fault an [`Error`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The request asks for what the model cannot do.
+    Request,
+    /// The observer said stop.
+    Cancelled,
+    /// A checkpoint or other file cannot be used.
+    Model,
+    /// Memory ran out.
+    OutOfMemory,
+    /// The generation failed: a defect, or numbers that are no numbers.
+    Internal,
+}
+
+impl ErrorKind {
+    /// Every kind, for tests that walk them all.
+    pub const ALL: [ErrorKind; 5] =
+        [Self::Request, Self::Cancelled, Self::Model, Self::OutOfMemory, Self::Internal];
+}
+
+/// Why there is no picture: one line with the cause and, where there is one, the mend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// Whose fault it is.
+    pub kind: ErrorKind,
+    /// The request's parameter that is to blame, if one is.
+    pub param: Option<&'static str>,
+    /// For the user.
+    pub message: String,
+}
+
+impl Error {
+    /// An error of a kind, with its message.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, param: None, message: message.into() }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<crate::request::ParameterError> for Error {
+    fn from(e: crate::request::ParameterError) -> Self {
+        Self { kind: ErrorKind::Request, param: Some(e.param), message: e.message }
+    }
+}

@@ -1,0 +1,14 @@
+//! Diffusion models: from a prompt to a picture.
+//!
+//! Tokenizer, text encoders, UNet, VAE, samplers and the pipeline that joins
+//! them. Everything here is synchronous and deterministic: the same
+//! [`Request`] gives the same bytes, whatever batch it rode in and however
+//! many threads drew it. There is no network server, no command line and no
+//! instruction set in this crate.
+
+mod generator;
+mod request;
+pub mod samplers;
+
+pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
+pub use request::{GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS, Size};

@@ -1,0 +1,164 @@
+//! What to draw, and the one declaration of every parameter's name, range and
+//! default that command line, HTTP API and documentation share.
+
+use std::fmt::{self, Display};
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::samplers::SamplerKind;
+
+/// A parameter's name, range and default, declared once.
+#[derive(Debug, Clone, Copy)]
+pub struct Range<T> {
+    /// As in the API.
+    pub name: &'static str,
+    /// Smallest value allowed.
+    pub min: T,
+    /// Largest value allowed.
+    pub max: T,
+    /// Used where the request gives none.
+    pub default: T,
+}
+
+impl<T: PartialOrd + Display + Copy> Range<T> {
+    /// Returns `value`, or the error that names the parameter, what was found
+    /// and what is allowed.
+    ///
+    /// # Errors
+    /// When the value lies outside (or is not a number).
+    pub fn check(&self, value: T) -> Result<T, ParameterError> {
+        if value >= self.min && value <= self.max {
+            return Ok(value);
+        }
+        Err(ParameterError {
+            param: self.name,
+            message: format!("{} must be between {} and {}, but is {value}", self.name, self.min, self.max),
+        })
+    }
+}
+
+/// Denoising steps.
+pub const STEPS: Range<usize> = Range { name: "num_inference_steps", min: 1, max: 150, default: 50 };
+/// Classifier-free guidance; 1 turns it off. (Distilled models also take 0.)
+pub const GUIDANCE_SCALE: Range<f64> = Range { name: "guidance_scale", min: 1.0, max: 20.0, default: 7.5 };
+/// Pictures of one request.
+pub const IMAGES: Range<usize> = Range { name: "n", min: 1, max: 10, default: 1 };
+/// Strength of a LoRA.
+pub const LORA_SCALE: Range<f64> = Range { name: "lora_scale", min: 0.0, max: 2.0, default: 1.0 };
+
+/// A parameter that cannot be used, with a message for the user.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct ParameterError {
+    /// The parameter's name in the API.
+    pub param: &'static str,
+    /// What was found and what is allowed.
+    pub message: String,
+}
+
+/// Width and height of a picture in pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Size {
+    /// Pixels from left to right, a multiple of 8.
+    pub width: usize,
+    /// Pixels from top to bottom, a multiple of 8.
+    pub height: usize,
+}
+
+impl Size {
+    /// The API's default where the request names none.
+    pub const DEFAULT: Size = Size { width: 1024, height: 1024 };
+    /// Sides are multiples of this.
+    pub const MULTIPLE: usize = 8;
+    /// Largest side; a larger one is taken for a mistake.
+    pub const MAX_SIDE: usize = 4096;
+
+    /// Checks both sides.
+    ///
+    /// # Errors
+    /// When a side is 0, not a multiple of 8, or longer than [`Size::MAX_SIDE`].
+    pub fn new(width: usize, height: usize) -> Result<Self, ParameterError> {
+        let size = Size { width, height };
+        for side in [width, height] {
+            if side == 0 || side % Self::MULTIPLE != 0 {
+                let near = |v: usize| {
+                    (v.div_ceil(Self::MULTIPLE) * Self::MULTIPLE).clamp(Self::MULTIPLE, Self::MAX_SIDE)
+                };
+                return Err(ParameterError {
+                    param: "size",
+                    message: format!(
+                        "Invalid size: {size}. Width and height must be divisible by {}, for example {}x{}",
+                        Self::MULTIPLE,
+                        near(width),
+                        near(height)
+                    ),
+                });
+            }
+            if side > Self::MAX_SIDE {
+                return Err(ParameterError {
+                    param: "size",
+                    message: format!(
+                        "Invalid size: {size}. Width and height must be at most {}",
+                        Self::MAX_SIDE
+                    ),
+                });
+            }
+        }
+        Ok(size)
+    }
+}
+
+impl FromStr for Size {
+    type Err = ParameterError;
+
+    /// Reads `WIDTHxHEIGHT`.
+    fn from_str(text: &str) -> Result<Self, ParameterError> {
+        let number = |s: &str| s.bytes().all(|b| b.is_ascii_digit()).then(|| s.parse().ok()).flatten();
+        let sides = text.split_once('x').and_then(|(w, h)| Some((number(w)?, number(h)?)));
+        let Some((width, height)) = sides else {
+            return Err(ParameterError {
+                param: "size",
+                message: format!("Invalid size format: {text}. Use format like '1024x1024'"),
+            });
+        };
+        Size::new(width, height)
+    }
+}
+
+impl Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+/// One picture to draw. A request for `n` pictures is `n` of these, picture
+/// `i` with `seed + i` (wrapping), so that each equals its single run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// What to draw.
+    pub prompt: String,
+    /// What to avoid; `None` is an absent one, which some models treat
+    /// otherwise than an empty one.
+    pub negative_prompt: Option<String>,
+    /// Size of the picture.
+    pub size: Size,
+    /// Denoising steps, in [`STEPS`].
+    pub steps: usize,
+    /// In [`GUIDANCE_SCALE`]; at most 1 turns guidance off and halves the work.
+    pub guidance_scale: f64,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// `None`: the checkpoint's own.
+    pub sampler: Option<SamplerKind>,
+}
+
+impl Request {
+    /// Whether both can share forward passes.
+    pub fn agrees_with(&self, other: &Request) -> bool {
+        self.size == other.size
+            && self.steps == other.steps
+            && self.guidance_scale == other.guidance_scale
+            && self.sampler == other.sampler
+    }
+}

@@ -1,0 +1,2 @@
+//! The `hypergen` binary.
+fn main() {}
