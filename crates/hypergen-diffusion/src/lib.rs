@@ -7,8 +7,10 @@
 //! instruction set in this crate.
 
 mod generator;
+mod load;
 mod request;
 pub mod samplers;
 
 pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
+pub use load::{DTypeChoice, LoadOptions, LoadProgress, Pipeline, load};
 pub use request::{GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS, Size};
