@@ -1,1 +1,5 @@
 //! Tensors and checkpoints.
+
+pub mod random;
+
+pub use random::TorchGenerator;
