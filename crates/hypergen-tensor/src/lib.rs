@@ -1,5 +1,22 @@
-//! Tensors and checkpoints.
+//! Tensors on a device, the fused operations that models are made of,
+//! checkpoint reading and PyTorch's random numbers.
+//!
+//! Operations are *meanings* over packed weights (`linear`, `conv2d`,
+//! `group_norm`, `attention`), not primitives: there is no autograd, no graph
+//! and no strided view, and there will be none. This crate knows no model.
 
+mod checkpoint;
+mod device;
+pub mod ops;
+mod packed;
 pub mod random;
+mod tensor;
+mod weights;
 
+pub use checkpoint::{Checkpoint, CheckpointError, FileDType, TensorInfo};
+pub use device::{Device, DeviceConfig};
+pub use hypergen_cpu::{Activation, CpuError};
+pub use packed::{Conv, GegluProjection, Linear, Norm};
 pub use random::TorchGenerator;
+pub use tensor::{DType, Shape, Tensor};
+pub use weights::{Loader, Weights};

@@ -1,0 +1,404 @@
+//! Weights on disk: safetensors, one file, several by an index, or bytes in
+//! the binary. Files are memory-mapped and nothing is copied before a tensor
+//! is packed. Pickles are not read, here or anywhere.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::{Mmap, UncheckedAdvice};
+use safetensors::SafeTensors;
+use thiserror::Error;
+
+/// Why a checkpoint cannot be read.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The operating system refused.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not a safetensors file, or a damaged one.
+    #[error("{path} is not a usable safetensors file: {reason}")]
+    Format {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An index of shards that makes no sense.
+    #[error("{path} is not a usable index of weight files: {reason}")]
+    Index {
+        /// The index file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tensor that the model needs is not there.
+    #[error("tensor '{name}' is missing in {path}{hint}")]
+    Missing {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The file or folder.
+        path: String,
+        /// What else may help, or nothing.
+        hint: String,
+    },
+    /// A tensor of another shape than the model's configuration says.
+    #[error("tensor '{name}' in {path} has shape {found:?}, but the configuration asks for {expected:?}")]
+    Shape {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The file.
+        path: String,
+        /// As the file has it.
+        found: Vec<usize>,
+        /// As the model needs it.
+        expected: Vec<usize>,
+    },
+    /// A number type that weights do not come in.
+    #[error("tensor '{name}' in {path} is stored as {found}; weights are read as F32, F16 or BF16")]
+    Type {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The file.
+        path: String,
+        /// The type found.
+        found: String,
+    },
+}
+
+/// Number types that weights are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileDType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FileDType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// As PyTorch has it.
+    pub shape: Vec<usize>,
+    dtype: Result<FileDType, String>,
+    source: usize,
+    start: usize,
+    end: usize,
+}
+
+impl TensorInfo {
+    /// Stored size.
+    pub fn bytes(&self) -> u64 {
+        (self.end - self.start) as u64
+    }
+}
+
+enum Bytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+/// The tensors of one model part, by name.
+pub struct Checkpoint {
+    label: String,
+    sources: Vec<(String, Bytes)>,
+    tensors: HashMap<String, TensorInfo>,
+}
+
+/// More tensors than this in one file is not a model but an attack.
+const MAX_TENSORS: usize = 1_000_000;
+
+impl Checkpoint {
+    /// Maps one safetensors file.
+    ///
+    /// # Errors
+    /// When it cannot be read or its header does not fit its contents.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let mut checkpoint =
+            Self { label: path.display().to_string(), sources: vec![], tensors: HashMap::new() };
+        checkpoint.add_file(path)?;
+        Ok(checkpoint)
+    }
+
+    /// Maps all files that a `*.safetensors.index.json` names. They lie
+    /// beside the index; a name that points anywhere else is refused.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and when the index and the files disagree.
+    pub fn open_index(path: &Path) -> Result<Self, CheckpointError> {
+        let label = path.display().to_string();
+        let wrong = |reason: String| CheckpointError::Index { path: label.clone(), reason };
+        let text =
+            std::fs::read(path).map_err(|source| CheckpointError::Io { path: label.clone(), source })?;
+        let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+        let map = json.get("weight_map").and_then(|m| m.as_object());
+        let map = map.ok_or_else(|| wrong("it has no object 'weight_map'".into()))?;
+        let mut checkpoint = Self { label: label.clone(), sources: vec![], tensors: HashMap::new() };
+        let mut files: Vec<&str> = vec![];
+        for (tensor, file) in map {
+            let file =
+                file.as_str().ok_or_else(|| wrong(format!("'{tensor}' is not mapped to a file name")))?;
+            files.push(file);
+        }
+        files.sort_unstable();
+        files.dedup();
+        if files.is_empty() {
+            return Err(wrong("its 'weight_map' is empty".into()));
+        }
+        let folder = path.parent().unwrap_or(Path::new("."));
+        for file in files {
+            checkpoint.add_file(&folder.join(beside(file).map_err(&wrong)?))?;
+        }
+        for (tensor, file) in map {
+            let found = checkpoint.tensors.get(tensor);
+            let is_there = found.is_some_and(|t| {
+                file.as_str().is_some_and(|f| Path::new(&checkpoint.sources[t.source].0).ends_with(f))
+            });
+            if !is_there {
+                return Err(wrong(format!("it says that {file} holds '{tensor}', which is not so")));
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    /// Reads a safetensors file that is part of the binary.
+    ///
+    /// # Errors
+    /// When its header does not fit its contents.
+    pub fn from_static(label: &str, bytes: &'static [u8]) -> Result<Self, CheckpointError> {
+        let mut checkpoint = Self { label: label.to_owned(), sources: vec![], tensors: HashMap::new() };
+        checkpoint.add(label.to_owned(), Bytes::Static(bytes))?;
+        Ok(checkpoint)
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let label = path.display().to_string();
+        let io = |source| CheckpointError::Io { path: label.clone(), source };
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(CheckpointError::Format { path: label, reason: "it is not a file".into() });
+        }
+        if metadata.len() == 0 {
+            return Err(CheckpointError::Format { path: label, reason: "it is empty".into() });
+        }
+        // SAFETY: the mapping is read-only and private. Should another process
+        // shorten the file meanwhile, reads beyond its end raise SIGBUS; that
+        // is the known price of mapping, and every reader of weights pays it.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        self.add(label, Bytes::Mapped(map))
+    }
+
+    fn add(&mut self, label: String, bytes: Bytes) -> Result<(), CheckpointError> {
+        let wrong = |reason: String| CheckpointError::Format { path: label.clone(), reason };
+        let data = bytes.as_slice();
+        let (header, metadata) =
+            SafeTensors::read_metadata(data).map_err(|e| wrong(explain(&e.to_string(), data.len())))?;
+        // The crate checks offsets against each other; the end of the file is for us to check.
+        let begin = header + 8;
+        let tensors = metadata.tensors();
+        if tensors.len() > MAX_TENSORS {
+            return Err(wrong(format!("it lists {} tensors", tensors.len())));
+        }
+        let source = self.sources.len();
+        for (name, info) in tensors {
+            let (start, end) = info.data_offsets;
+            if begin.checked_add(end).is_none_or(|end| end > data.len()) {
+                return Err(wrong(format!(
+                    "it is truncated: '{name}' ends at byte {}, but the file has {} bytes; download it again",
+                    begin.saturating_add(end),
+                    data.len()
+                )));
+            }
+            let dtype = file_dtype(info.dtype);
+            let info = TensorInfo {
+                shape: info.shape.clone(),
+                dtype,
+                source,
+                start: begin + start,
+                end: begin + end,
+            };
+            if let Some(other) = self.tensors.insert(name.clone(), info) {
+                return Err(wrong(format!("'{name}' is also in {}", self.sources[other.source].0)));
+            }
+        }
+        self.sources.push((label, bytes));
+        Ok(())
+    }
+
+    /// What the checkpoint is called in messages: its file or index.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// All tensor names, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor's shape and place, if it is there.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Bytes of all tensors, as stored.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::bytes).sum()
+    }
+
+    /// The tensor's stored values, checked against the shape that the model
+    /// needs. Dimensions of size 1 at the end may be missing or added (a 1x1
+    /// convolution is a linear layer).
+    ///
+    /// # Errors
+    /// When it is missing, of another shape, or of a type that weights have not.
+    pub fn tensor(&self, name: &str, expected: &[usize]) -> Result<Values<'_>, CheckpointError> {
+        let info = self.tensors.get(name).ok_or_else(|| CheckpointError::Missing {
+            name: name.to_owned(),
+            path: self.label.clone(),
+            hint: String::new(),
+        })?;
+        let path = &self.sources[info.source].0;
+        if trimmed(&info.shape) != trimmed(expected) {
+            return Err(CheckpointError::Shape {
+                name: name.to_owned(),
+                path: path.clone(),
+                found: info.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        let dtype = info.dtype.clone().map_err(|found| CheckpointError::Type {
+            name: name.to_owned(),
+            path: path.clone(),
+            found,
+        })?;
+        Ok(Values { bytes: &self.sources[info.source].1.as_slice()[info.start..info.end], dtype })
+    }
+
+    /// Tells the system that a tensor's pages are not needed again: while a
+    /// model loads, the file's pages would otherwise count as memory in use.
+    pub(crate) fn release(&self, name: &str) {
+        const PAGE: usize = 4096;
+        let Some(info) = self.tensors.get(name) else { return };
+        let Bytes::Mapped(map) = &self.sources[info.source].1 else { return };
+        let (start, end) = (info.start.next_multiple_of(PAGE), info.end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: the mapping is of a file and read-only, so a dropped page
+            // is read from the file again when it is touched. Failure is
+            // harmless: the pages stay.
+            let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        }
+    }
+}
+
+/// Values as they are stored.
+#[derive(Clone, Copy)]
+pub struct Values<'a> {
+    bytes: &'a [u8],
+    dtype: FileDType,
+}
+
+impl Values<'_> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+
+    /// Writes values `start ..` as float32 into all of `out`.
+    ///
+    /// # Panics
+    /// When that reaches beyond the end.
+    pub fn read(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.size();
+        let bytes = &self.bytes[start * size..][..out.len() * size];
+        match self.dtype {
+            FileDType::F32 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*b);
+                }
+            }
+            FileDType::F16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            FileDType::Bf16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+        }
+    }
+
+    /// All values as float32.
+    pub fn to_vec(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.len()];
+        self.read(0, &mut out);
+        out
+    }
+}
+
+fn trimmed(shape: &[usize]) -> &[usize] {
+    let ones = shape.iter().rev().take_while(|&&d| d == 1).count();
+    &shape[..shape.len() - ones]
+}
+
+fn file_dtype(dtype: safetensors::Dtype) -> Result<FileDType, String> {
+    match dtype {
+        safetensors::Dtype::F32 => Ok(FileDType::F32),
+        safetensors::Dtype::F16 => Ok(FileDType::F16),
+        safetensors::Dtype::BF16 => Ok(FileDType::Bf16),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+/// A shard's file name, if it is just that.
+fn beside(file: &str) -> Result<PathBuf, String> {
+    let path = Path::new(file);
+    let mut parts = path.components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(_)), None) if file.ends_with(".safetensors") => Ok(path.to_owned()),
+        _ => Err(format!("'{file}' is not the name of a safetensors file beside the index")),
+    }
+}
+
+/// Words for the reader's terse errors.
+fn explain(error: &str, len: usize) -> String {
+    let cause: Cow<'_, str> = match () {
+        () if error.contains("HeaderTooSmall") || len < 8 => "it is shorter than a header".into(),
+        () if error.contains("InvalidHeaderLength") => {
+            "its header is longer than the file; it is truncated or of another format".into()
+        }
+        () if error.contains("HeaderTooLarge") => "its header is too large; it is of another format".into(),
+        () => error.into(),
+    };
+    format!("{cause} ({len} bytes)")
+}

@@ -1,0 +1,147 @@
+//! Where tensors live and who computes on them.
+//!
+//! Today that is the CPU. A second kind of device becomes a variant here and a
+//! file of operations beside `ops.rs`; models never learn which one they run on.
+
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use half::bf16;
+use hypergen_cpu::{AlignedVec, Cpu, CpuConfig, CpuError, Element};
+
+/// How a [`Device`] is set up.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceConfig {
+    /// Threads that share each operation; `None`: all that the process may use.
+    pub threads: Option<usize>,
+}
+
+/// A handle on a device; cheap to clone.
+#[derive(Clone)]
+pub struct Device {
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    cpu: Cpu,
+    f32: FreeList<f32>,
+    bf16: FreeList<bf16>,
+}
+
+/// Buffers whose tensors are gone, by length. The shapes of a denoising step
+/// repeat, so from the second step on nothing is allocated.
+type FreeList<T> = Mutex<HashMap<usize, Vec<AlignedVec<T>>>>;
+
+impl Device {
+    /// The CPU of this machine.
+    ///
+    /// # Errors
+    /// When `HYPERGEN_ISA` asks for an instruction set that the machine lacks.
+    pub fn cpu(config: &DeviceConfig) -> Result<Self, CpuError> {
+        Self::from_cpu_config(&CpuConfig { threads: config.threads, isa: None })
+    }
+
+    /// The CPU with a chosen instruction set, for tests and benches.
+    ///
+    /// # Errors
+    /// When the machine lacks the instruction set.
+    pub fn from_cpu_config(config: &CpuConfig) -> Result<Self, CpuError> {
+        let cpu = Cpu::new(config)?;
+        Ok(Self { shared: Arc::new(Shared { cpu, f32: FreeList::default(), bf16: FreeList::default() }) })
+    }
+
+    /// What the device is called in logs and answers.
+    pub fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    /// Threads that share each operation.
+    pub fn threads(&self) -> usize {
+        self.cpu_kernels().threads()
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> hypergen_cpu::Isa {
+        self.cpu_kernels().isa()
+    }
+
+    /// Gives the memory of tensors that are gone back to the system.
+    pub fn release_unused(&self) {
+        lock(&self.shared.f32).clear();
+        lock(&self.shared.bf16).clear();
+    }
+
+    pub(crate) fn cpu_kernels(&self) -> &Cpu {
+        &self.shared.cpu
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({:?}, {} threads)", self.name(), self.isa(), self.threads())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A free list is consistent between any two calls, so a panic elsewhere
+    // while it was held does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An element type with its free list.
+pub(crate) trait Pooled: Element {
+    /// The device's list for this type.
+    fn free_list(shared: &Shared) -> &FreeList<Self>;
+}
+
+impl Pooled for f32 {
+    fn free_list(shared: &Shared) -> &FreeList<f32> {
+        &shared.f32
+    }
+}
+
+impl Pooled for bf16 {
+    fn free_list(shared: &Shared) -> &FreeList<bf16> {
+        &shared.bf16
+    }
+}
+
+/// Memory of one tensor; returns to its device's free list when dropped.
+pub(crate) struct Buffer<T: Pooled> {
+    /// `None` only while it is dropped.
+    data: Option<AlignedVec<T>>,
+    device: Device,
+}
+
+impl<T: Pooled> Buffer<T> {
+    /// `len` elements of arbitrary, initialised content: every operation
+    /// writes all of its output.
+    pub(crate) fn new(device: &Device, len: usize) -> Self {
+        let recycled = lock(T::free_list(&device.shared)).get_mut(&len).and_then(Vec::pop);
+        let data = recycled.unwrap_or_else(|| AlignedVec::zeroed(len));
+        Self { data: Some(data), device: device.clone() }
+    }
+}
+
+impl<T: Pooled> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.data.as_ref().map_or(&[], AlignedVec::as_slice)
+    }
+}
+
+impl<T: Pooled> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.data.as_mut().map_or(&mut [], AlignedVec::as_mut_slice)
+    }
+}
+
+impl<T: Pooled> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if let Some(data) = self.data.take() {
+            lock(T::free_list(&self.device.shared)).entry(data.as_slice().len()).or_default().push(data);
+        }
+    }
+}

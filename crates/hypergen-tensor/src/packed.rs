@@ -1,0 +1,85 @@
+//! Weights in the form in which operations read them, made once at load.
+
+use half::bf16;
+use hypergen_cpu::PackedMatrix;
+
+/// A packed matrix of either type.
+pub(crate) enum Matrix {
+    F32(PackedMatrix<f32>),
+    Bf16(PackedMatrix<bf16>),
+}
+
+/// Finds the side of [`Matrix`] that fits an element type.
+pub(crate) trait MatrixOf: Sized + hypergen_cpu::Element {
+    fn matrix(matrix: &Matrix) -> &PackedMatrix<Self>;
+}
+
+impl MatrixOf for f32 {
+    fn matrix(matrix: &Matrix) -> &PackedMatrix<f32> {
+        match matrix {
+            Matrix::F32(m) => m,
+            Matrix::Bf16(_) => panic!("float32 activations met bfloat16 weights"),
+        }
+    }
+}
+
+impl MatrixOf for bf16 {
+    fn matrix(matrix: &Matrix) -> &PackedMatrix<bf16> {
+        match matrix {
+            Matrix::Bf16(m) => m,
+            Matrix::F32(_) => panic!("bfloat16 activations met float32 weights"),
+        }
+    }
+}
+
+impl Matrix {
+    /// Outputs.
+    pub(crate) fn n(&self) -> usize {
+        match self {
+            Self::F32(m) => m.n(),
+            Self::Bf16(m) => m.n(),
+        }
+    }
+
+    /// Inputs.
+    pub(crate) fn k(&self) -> usize {
+        match self {
+            Self::F32(m) => m.k(),
+            Self::Bf16(m) => m.k(),
+        }
+    }
+}
+
+/// A linear layer, `[n, k]` and an optional bias. A 1x1 convolution of a
+/// picture in NHWC is one, too.
+pub struct Linear {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    /// Outputs.
+    pub fn outputs(&self) -> usize {
+        self.matrix.n()
+    }
+}
+
+/// The projection of a gated feed-forward layer; its halves are interleaved.
+pub struct GegluProjection {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// A convolution; kernels are square.
+pub struct Conv {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) kernel: usize,
+}
+
+/// Scale and shift of a normalisation, with its epsilon.
+pub struct Norm {
+    pub(crate) gamma: Vec<f32>,
+    pub(crate) beta: Vec<f32>,
+    pub(crate) eps: f32,
+}

@@ -1,0 +1,212 @@
+//! Walks a checkpoint by its own names and packs what a model asks for:
+//! `weights.pp("down_blocks").pp(0)` reads like the checkpoint's keys, so
+//! there is no table of names to keep.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::fmt::Display;
+
+use hypergen_cpu::PackedMatrix;
+
+use crate::Device;
+use crate::checkpoint::{Checkpoint, CheckpointError, Values};
+use crate::packed::{Conv, GegluProjection, Linear, Matrix, Norm};
+use crate::tensor::{DType, Tensor};
+
+/// Loads the parts of one checkpoint onto a device, and keeps account of what
+/// has been used.
+pub struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    device: &'a Device,
+    dtype: DType,
+    used: RefCell<HashSet<String>>,
+    progress: &'a dyn Fn(u64),
+}
+
+impl<'a> Loader<'a> {
+    /// A loader; `progress` is told the stored size of each tensor as it is packed.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        device: &'a Device,
+        dtype: DType,
+        progress: &'a dyn Fn(u64),
+    ) -> Self {
+        Self { checkpoint, device, dtype, used: RefCell::default(), progress }
+    }
+
+    /// The root of the names.
+    pub fn root(&self) -> Weights<'_> {
+        Weights { loader: self, prefix: String::new() }
+    }
+
+    /// Tensors that no part of the model has asked for, sorted.
+    pub fn unused(&self) -> Vec<String> {
+        let used = self.used.borrow();
+        let mut unused: Vec<String> =
+            self.checkpoint.names().filter(|n| !used.contains(*n)).map(str::to_owned).collect();
+        unused.sort_unstable();
+        unused
+    }
+
+    fn note(&self, name: &str) {
+        if self.used.borrow_mut().insert(name.to_owned())
+            && let Some(info) = self.checkpoint.get(name)
+        {
+            (self.progress)(info.bytes());
+        }
+        self.checkpoint.release(name);
+    }
+}
+
+/// A place in a checkpoint's tree of names.
+#[derive(Clone)]
+pub struct Weights<'a> {
+    loader: &'a Loader<'a>,
+    prefix: String,
+}
+
+impl<'a> Weights<'a> {
+    /// One step down.
+    pub fn pp(&self, part: impl Display) -> Weights<'a> {
+        Weights { loader: self.loader, prefix: self.name(part) }
+    }
+
+    /// The full name of a tensor here.
+    pub fn name(&self, part: impl Display) -> String {
+        if self.prefix.is_empty() { part.to_string() } else { format!("{}.{part}", self.prefix) }
+    }
+
+    /// Whether there is such a tensor here.
+    pub fn contains(&self, tensor: &str) -> bool {
+        self.loader.checkpoint.get(&self.name(tensor)).is_some()
+    }
+
+    /// The device that is loaded onto.
+    pub fn device(&self) -> &Device {
+        self.loader.device
+    }
+
+    /// The type that is loaded into.
+    pub fn dtype(&self) -> DType {
+        self.loader.dtype
+    }
+
+    /// A linear layer of `inputs` to `outputs`; `weight` may also be a 1x1 convolution.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit.
+    pub fn linear(&self, inputs: usize, outputs: usize, bias: bool) -> Result<Linear, CheckpointError> {
+        Self::linear_stacked(&[self.clone()], inputs, outputs, bias)
+    }
+
+    /// Several linear layers over the same inputs as one, their outputs side
+    /// by side.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit.
+    pub fn linear_stacked(
+        parts: &[Weights<'_>],
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Linear, CheckpointError> {
+        let all =
+            parts.iter().map(|p| p.values("weight", &[outputs, inputs])).collect::<Result<Vec<_>, _>>()?;
+        let loader = parts[0].loader;
+        let matrix = pack(loader, parts.len() * outputs, inputs, |row, out| {
+            all[row / outputs].read(row % outputs * inputs, out);
+        });
+        parts.iter().for_each(|p| p.done("weight"));
+        let bias = match bias {
+            false => None,
+            true => {
+                let parts: Result<Vec<_>, _> = parts.iter().map(|p| p.vector("bias", outputs)).collect();
+                Some(parts?.concat())
+            }
+        };
+        Ok(Linear { matrix, bias })
+    }
+
+    /// The projection of a gated feed-forward layer, to `hidden` values and as many gates.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit.
+    pub fn geglu(&self, inputs: usize, hidden: usize) -> Result<GegluProjection, CheckpointError> {
+        let values = self.values("weight", &[2 * hidden, inputs])?;
+        let (l, n) = (self.loader, 2 * hidden);
+        let cpu = l.device.cpu_kernels();
+        let row = |row: usize, out: &mut [f32]| values.read(row * inputs, out);
+        let matrix = match l.dtype {
+            DType::F32 => Matrix::F32(PackedMatrix::pack_geglu(cpu, n, inputs, row)),
+            DType::Bf16 => Matrix::Bf16(PackedMatrix::pack_geglu(cpu, n, inputs, row)),
+        };
+        self.done("weight");
+        Ok(GegluProjection { matrix, bias: Some(self.vector("bias", n)?) })
+    }
+
+    /// A convolution with a square kernel, with bias.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit.
+    pub fn conv2d(&self, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv, CheckpointError> {
+        let values = self.values("weight", &[outputs, inputs, kernel, kernel])?;
+        let taps = kernel * kernel;
+        // The file has [out, in, kh, kw]; kernels read [out, kh, kw, in].
+        let matrix = pack(self.loader, outputs, taps * inputs, |row, out| {
+            let mut stored = vec![0.0; taps * inputs];
+            values.read(row * stored.len(), &mut stored);
+            for (c, stored) in stored.chunks_exact(taps).enumerate() {
+                for (tap, &value) in stored.iter().enumerate() {
+                    out[tap * inputs + c] = value;
+                }
+            }
+        });
+        self.done("weight");
+        Ok(Conv { matrix, bias: Some(self.vector("bias", outputs)?), kernel })
+    }
+
+    /// Scale and shift of a normalisation.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit.
+    pub fn norm(&self, channels: usize, eps: f64) -> Result<Norm, CheckpointError> {
+        let (gamma, beta) = (self.vector("weight", channels)?, self.vector("bias", channels)?);
+        Ok(Norm { gamma, beta, eps: eps as f32 })
+    }
+
+    /// A table `[rows, columns]` of embeddings, as a tensor.
+    ///
+    /// # Errors
+    /// When it is missing or does not fit.
+    pub fn table(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor, CheckpointError> {
+        let values = self.values(name, &[rows, columns])?.to_vec();
+        self.done(name);
+        Ok(Tensor::from_f32(self.loader.device, [rows, columns], self.loader.dtype, &values))
+    }
+
+    /// A vector in float32.
+    ///
+    /// # Errors
+    /// When it is missing or does not fit.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let values = self.values(name, &[len])?.to_vec();
+        self.done(name);
+        Ok(values)
+    }
+
+    fn values(&self, tensor: &str, shape: &[usize]) -> Result<Values<'a>, CheckpointError> {
+        self.loader.checkpoint.tensor(&self.name(tensor), shape)
+    }
+
+    fn done(&self, tensor: &str) {
+        self.loader.note(&self.name(tensor));
+    }
+}
+
+fn pack(loader: &Loader<'_>, n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Matrix {
+    let cpu = loader.device.cpu_kernels();
+    match loader.dtype {
+        DType::F32 => Matrix::F32(PackedMatrix::pack(cpu, n, k, row)),
+        DType::Bf16 => Matrix::Bf16(PackedMatrix::pack(cpu, n, k, row)),
+    }
+}
