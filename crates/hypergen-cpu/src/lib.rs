@@ -20,6 +20,7 @@ mod element;
 mod elementwise;
 mod gemm;
 mod norm;
+pub mod reference;
 
 pub use aligned::AlignedVec;
 pub use attention::{AttentionShape, Heads, attention};
