@@ -19,14 +19,17 @@ mod cpu;
 mod element;
 mod elementwise;
 mod gemm;
+mod isa;
 mod norm;
+mod pool;
 pub mod reference;
 
 pub use aligned::AlignedVec;
 pub use attention::{AttentionShape, Heads, attention};
 pub use conv::{ConvShape, conv2d};
-pub use cpu::{Cpu, CpuConfig, CpuError, Isa};
+pub use cpu::{Cpu, CpuConfig, CpuError};
 pub use element::{Element, ElementKind};
 pub use elementwise::{activate, add, concat_columns, convert};
 pub use gemm::{Activation, Epilogue, GroupBias, PackedMatrix, geglu, linear};
+pub use isa::Isa;
 pub use norm::{GroupNormShape, group_norm, layer_norm};
