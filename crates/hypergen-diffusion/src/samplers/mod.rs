@@ -27,6 +27,13 @@ impl SamplerKind {
             Self::Ddim => "ddim",
         }
     }
+
+    /// What it is good for, in one line for people who choose.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Ddim => "Denoising diffusion implicit models: deterministic, good from 20 steps",
+        }
+    }
 }
 
 impl fmt::Display for SamplerKind {
