@@ -23,6 +23,8 @@ mod isa;
 mod norm;
 mod pool;
 pub mod reference;
+#[allow(dead_code, reason = "kernels move onto it one by one")]
+mod simd;
 
 pub use aligned::AlignedVec;
 pub use attention::{AttentionShape, Heads, attention};
