@@ -1,0 +1,212 @@
+//! The command line: every command and flag, and nothing of what they do.
+//!
+//! Names, ranges and defaults of generation parameters are not written here:
+//! they come from their one declaration in `hypergen_diffusion`.
+
+use std::num::NonZeroU16;
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueHint};
+use hypergen_diffusion::samplers::SamplerKind;
+use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
+
+/// Draws pictures from text with diffusion models.
+#[derive(Debug, Parser)]
+#[command(name = "hypergen", version, about, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do. A new command is one variant here and one arm in `main`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Draw pictures and write them to files.
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// List the samplers that --sampler takes.
+    Samplers,
+    /// Print a script that completes hypergen's commands in a shell.
+    #[command(after_help = COMPLETIONS_EXAMPLE)]
+    Completions {
+        /// The shell to write it for.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What `hypergen generate` takes.
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// What to draw, in words.
+    pub(crate) prompt: String,
+
+    /// Model: a folder in the diffusers layout [default: the small emoji model inside this program].
+    #[arg(long, env = "HYPERGEN_MODEL", hide_env_values = true, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub(crate) model: Option<String>,
+
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help = OUTPUT_HELP, long_help = OUTPUT_LONG_HELP)]
+    pub(crate) output: Option<std::path::PathBuf>,
+
+    #[arg(
+        short = 'n',
+        long = "n",
+        value_name = "COUNT",
+        default_value_t = IMAGES.default,
+        help = format!("Number of pictures, {} to {}; picture i has the seed SEED + i, from 0", IMAGES.min, IMAGES.max)
+    )]
+    pub(crate) count: usize,
+
+    #[arg(long, value_name = "SIZE", help = SIZE_HELP, long_help = size_long_help())]
+    pub(crate) size: Option<String>,
+
+    #[arg(
+        long,
+        value_name = "STEPS",
+        help = format!("Denoising steps, {} to {} [default: {}, or the model's own]", STEPS.min, STEPS.max, STEPS.default)
+    )]
+    pub(crate) steps: Option<usize>,
+
+    #[arg(
+        long,
+        value_name = "SCALE",
+        allow_negative_numbers = true,
+        help = format!(
+            "How closely to follow the prompt, {} to {}; 1 turns guidance off and halves the time [default: {}, or the model's own]",
+            GUIDANCE_SCALE.min, GUIDANCE_SCALE.max, GUIDANCE_SCALE.default
+        )
+    )]
+    pub(crate) guidance_scale: Option<f64>,
+
+    /// Seed of the noise, 0 to 2^64-1: the same seed draws the same picture [default: a random one, which is printed].
+    #[arg(long, value_name = "SEED")]
+    pub(crate) seed: Option<u64>,
+
+    /// What the picture should not show.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) negative_prompt: Option<String>,
+
+    /// The way from noise to picture, see `hypergen samplers` [default: the checkpoint's own].
+    #[arg(long, value_name = "NAME", value_parser = sampler_parser(), hide_possible_values = true)]
+    pub(crate) sampler: Option<SamplerKind>,
+
+    /// Type of the numbers: auto takes bfloat16 where the machine has it in hardware.
+    #[arg(
+        long,
+        env = "HYPERGEN_DTYPE",
+        hide_env_values = true,
+        value_name = "TYPE",
+        default_value_t = DTypeChoice::default(),
+        value_parser = dtype_parser()
+    )]
+    pub(crate) dtype: DTypeChoice,
+
+    /// Threads that share the work [default: as many as this process may use].
+    #[arg(long, env = "HYPERGEN_THREADS", hide_env_values = true, value_name = "COUNT")]
+    pub(crate) threads: Option<NonZeroU16>,
+
+    /// Do not write prompt, seed and settings into the file.
+    #[arg(long)]
+    pub(crate) no_metadata: bool,
+}
+
+fn sampler_parser() -> impl TypedValueParser<Value = SamplerKind> {
+    PossibleValuesParser::new(SamplerKind::ALL.iter().map(|s| PossibleValue::new(s.name()).help(s.about())))
+        .try_map(|name| name.parse::<SamplerKind>())
+}
+
+fn dtype_parser() -> impl TypedValueParser<Value = DTypeChoice> {
+    PossibleValuesParser::new(DTypeChoice::ALL.map(DTypeChoice::name))
+        .try_map(|name| name.parse::<DTypeChoice>())
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  hypergen generate \"red apple\"                  draw one picture with the model inside this program
+  hypergen generate \"red apple\" -o apple.png     choose the file's name
+  hypergen generate --help                       every setting";
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  hypergen generate \"red apple\"
+      writes red-apple-SEED.png and prints its name
+  hypergen generate \"rocket, blue background\" -o rocket.webp --seed 7
+      the same seed draws the same picture again
+  hypergen generate \"cat face\" -n 4 -o cat.png
+      writes cat-1.png, cat-2.png, cat-3.png and cat-4.png
+  hypergen generate \"a castle at dusk\" --model ./stable-diffusion-v1-5 --size 512x768 --steps 25
+      a model of your own, in the diffusers folder layout
+  hypergen generate \"red apple\" -o - | magick - apple.gif
+      writes a PNG to standard output
+
+Standard output holds the name of each written file and nothing else. Progress is shown on a terminal only.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C (at the next step, without half a file).";
+
+const COMPLETIONS_EXAMPLE: &str = "\
+Example, for bash:
+  hypergen completions bash > ~/.local/share/bash-completion/completions/hypergen";
+
+const OUTPUT_HELP: &str =
+    "File to write: .png, .jpg or .webp; a folder; or - for standard output [default: PROMPT-SEED.png]";
+
+const OUTPUT_LONG_HELP: &str = "\
+File to write. The extension chooses the format: .png, .jpg, .jpeg or .webp (lossless). A file of that name is replaced. With \
+-n the pictures are numbered: -n 2 -o apple.png writes apple-1.png and apple-2.png.
+
+A folder, or no -o at all, takes a name from the prompt and the seed, red-apple-42.png, and never replaces a file: should one \
+of that name be there, a number is added. - writes one PNG to standard output.";
+
+const SIZE_HELP: &str =
+    "Width and height as WIDTHxHEIGHT, or auto for the model's native size [default: see --help]";
+
+fn size_long_help() -> String {
+    format!(
+        "Width and height in pixels as WIDTHxHEIGHT, each a multiple of {} and at most {}, or auto for the model's native size.\n\n\
+         The default is the model's native size, unless that is smaller than {}: then pictures are enlarged to {}, as the model \
+         inside this program enlarges all that it draws at a size larger than its own.",
+        Size::MULTIPLE,
+        Size::MAX_SIDE,
+        crate::generate::SMALL,
+        crate::generate::COMFORTABLE
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    //! Tests that the declaration holds together; the binary's own tests run it.
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_declaration_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_help() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn names_of_samplers_and_types_are_taken() {
+        for sampler in SamplerKind::ALL {
+            let cli = Cli::try_parse_from(["hypergen", "generate", "x", "--sampler", sampler.name()]);
+            let Command::Generate(args) = cli.expect("a known sampler").command else { panic!("generate") };
+            assert_eq!(args.sampler, Some(*sampler));
+        }
+        for dtype in DTypeChoice::ALL {
+            let cli = Cli::try_parse_from(["hypergen", "generate", "x", "--dtype", dtype.name()]);
+            let Command::Generate(args) = cli.expect("a known type").command else { panic!("generate") };
+            assert_eq!(args.dtype, dtype);
+        }
+        for wrong in [["--sampler", "magic"], ["--dtype", "int8"], ["--threads", "0"], ["--seed", "-1"]] {
+            let error = Cli::try_parse_from(["hypergen", "generate", "x"].into_iter().chain(wrong));
+            assert_eq!(error.expect_err("a wrong value").exit_code(), 2, "{wrong:?}");
+        }
+    }
+}
