@@ -25,6 +25,9 @@ mod pool;
 pub mod reference;
 #[allow(dead_code, reason = "kernels move onto it one by one")]
 mod simd;
+mod split;
+#[cfg(test)]
+mod testing;
 
 pub use aligned::AlignedVec;
 pub use attention::{AttentionShape, Heads, attention};
@@ -34,4 +37,4 @@ pub use element::{Element, ElementKind};
 pub use elementwise::{activate, add, concat_columns, convert};
 pub use gemm::{Activation, Epilogue, GroupBias, PackedMatrix, geglu, linear};
 pub use isa::Isa;
-pub use norm::{GroupNormShape, group_norm, layer_norm};
+pub use norm::{GroupNormShape, group_norm, group_norm_scale_shift, layer_norm};

@@ -13,8 +13,10 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod constant;
 pub(crate) mod math;
 pub(crate) mod portable;
+pub(crate) mod slices;
 
 use half::bf16;
 
