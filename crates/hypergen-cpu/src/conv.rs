@@ -1,6 +1,9 @@
-//! Convolution over NHWC pictures as an implicit matrix product.
+//! Convolution over NHWC pictures as an implicit matrix product: the rows of
+//! the left operand are windows of the picture, read where they lie. No
+//! unfolded copy of the picture is ever made.
 
-use crate::gemm::{Epilogue, PackedMatrix, finish};
+use crate::gemm::{Epilogue, Finish, Output, PackedMatrix, Rows, copy_run, multiply};
+use crate::simd::Simd;
 use crate::{Cpu, Element};
 
 /// Geometry of a convolution. Padding is zeros; what lies right of and below
@@ -45,6 +48,56 @@ pub(crate) fn nearest(dst: usize, input: usize, output: usize) -> usize {
     ((dst as f32 * (input as f32 / output as f32)) as usize).min(input - 1)
 }
 
+/// The windows of all output pixels.
+struct Windows<'a, T> {
+    x: &'a [T],
+    shape: ConvShape,
+}
+
+impl<T: Element> Windows<'_, T> {
+    /// Where the input pixel for an output pixel and a kernel offset begins;
+    /// `None` in the padding.
+    #[inline(always)]
+    fn source(&self, picture: usize, y: usize, x: usize, kh: usize, kw: usize) -> Option<usize> {
+        let s = &self.shape;
+        let iy = (y * s.stride + kh).checked_sub(s.pad_top).filter(|&i| i < s.up_h)?;
+        let ix = (x * s.stride + kw).checked_sub(s.pad_left).filter(|&i| i < s.up_w)?;
+        let (iy, ix) = (nearest(iy, s.in_h, s.up_h), nearest(ix, s.in_w, s.up_w));
+        Some(((picture * s.in_h + iy) * s.in_w + ix) * s.in_c)
+    }
+}
+
+impl<T: Element> Rows<T> for Windows<'_, T> {
+    fn count(&self) -> usize {
+        self.shape.batch * self.shape.out_h * self.shape.out_w
+    }
+
+    #[inline(always)]
+    unsafe fn copy<S: Simd, E: Element>(&self, row: usize, k0: usize, len: usize, to: *mut E) {
+        let s = &self.shape;
+        if len == 0 {
+            return;
+        }
+        let (picture, pixel) = (row / (s.out_h * s.out_w), row % (s.out_h * s.out_w));
+        let (y, x) = (pixel / s.out_w, pixel % s.out_w);
+        let (mut tap, mut c, mut done) = (k0 / s.in_c, k0 % s.in_c, 0);
+        while done < len {
+            let run = (s.in_c - c).min(len - done);
+            // SAFETY: `source` is inside the picture, whose length was checked,
+            // and `run` stays in the pixel and in what the caller asked for.
+            unsafe {
+                match self.source(picture, y, x, tap / s.kernel_w, tap % s.kernel_w) {
+                    Some(from) => copy_run::<S, T, E>(self.x.as_ptr().add(from + c), run, to.add(done)),
+                    None => std::slice::from_raw_parts_mut(to.add(done), run).fill(E::default()),
+                }
+            }
+            done += run;
+            tap += 1;
+            c = 0;
+        }
+    }
+}
+
 /// `out[b, out_h, out_w, n] = epilogue(conv(x[b, in_h, in_w, in_c], w))`, where
 /// row `o` of `w` holds output channel `o` in the order
 /// `[kernel_h, kernel_w, in_c]`. In the epilogue a row is an output pixel.
@@ -59,31 +112,14 @@ pub fn conv2d<T: Element>(
     epilogue: &Epilogue<'_, T>,
     out: &mut [T],
 ) {
-    let _ = cpu;
-    let s = shape;
-    let n = w.n();
-    for (pixel, out) in out.chunks_exact_mut(n).enumerate() {
-        let (b, y, xo) = (pixel / (s.out_h * s.out_w), pixel / s.out_w % s.out_h, pixel % s.out_w);
-        for (o, out) in out.iter_mut().enumerate() {
-            let mut acc = 0.0;
-            for kh in 0..s.kernel_h {
-                for kw in 0..s.kernel_w {
-                    let (iy, ix) = (y * s.stride + kh, xo * s.stride + kw);
-                    if iy < s.pad_top
-                        || ix < s.pad_left
-                        || iy - s.pad_top >= s.up_h
-                        || ix - s.pad_left >= s.up_w
-                    {
-                        continue;
-                    }
-                    let (iy, ix) =
-                        (nearest(iy - s.pad_top, s.in_h, s.up_h), nearest(ix - s.pad_left, s.in_w, s.up_w));
-                    let x = &x[((b * s.in_h + iy) * s.in_w + ix) * s.in_c..][..s.in_c];
-                    let w = &w.row(o)[(kh * s.kernel_w + kw) * s.in_c..][..s.in_c];
-                    acc += x.iter().zip(w).map(|(a, b)| a.to_f32() * b.to_f32()).sum::<f32>();
-                }
-            }
-            *out = T::from_f32(finish(acc, pixel, o, n, epilogue));
-        }
-    }
+    let s = *shape;
+    assert_eq!(x.len(), s.batch * s.in_h * s.in_w * s.in_c, "conv2d: the input does not fit its shape");
+    assert_eq!(w.k(), s.kernel_h * s.kernel_w * s.in_c, "conv2d: the weight does not fit the window");
+    assert!(!w.is_geglu(), "conv2d: the weight is packed for geglu");
+    assert!(s.stride > 0, "conv2d: a stride of zero");
+    let reads = s.up_h > 0 && s.up_w > 0 && x.is_empty() && w.k() > 0;
+    assert!(!reads || s.batch == 0, "conv2d: an empty picture cannot be enlarged");
+    let windows = Windows { x, shape: s };
+    let output = Output::new(out, windows.count(), w.n(), Finish::Plain(epilogue));
+    multiply(cpu, &windows, w, &output);
 }

@@ -23,6 +23,7 @@ mod isa;
 mod norm;
 mod pool;
 pub mod reference;
+mod scratch;
 #[allow(dead_code, reason = "kernels move onto it one by one")]
 mod simd;
 mod split;

@@ -1,0 +1,196 @@
+//! From accumulators to stored outputs: bias, time embedding, activation,
+//! residual, scale, rounding. The accumulators come as tiles of
+//! [`PANEL`] float32 columns in scratch memory that is hot in the cache.
+
+use super::packed::PANEL;
+use super::{Activation, Epilogue};
+use crate::Element;
+use crate::simd::{Simd, math};
+
+/// What becomes of the accumulators.
+#[derive(Clone, Copy)]
+pub(crate) enum Finish<'a, T> {
+    /// The epilogue, on every column.
+    Plain(&'a Epilogue<'a, T>),
+    /// Values and gates come in alternating panels and leave as one; the bias
+    /// is `[2 h]`.
+    Geglu(Option<&'a [f32]>),
+}
+
+/// Where outputs go and how they are finished.
+pub(crate) struct Output<'a, T> {
+    /// `[m, n]`.
+    start: *mut T,
+    /// Columns of the output: of a GEGLU, half of the weight's.
+    n: usize,
+    finish: Finish<'a, T>,
+}
+
+// SAFETY: tasks write disjoint tiles, as the drivers cut them.
+unsafe impl<T: Element> Sync for Output<'_, T> {}
+
+impl<'a, T: Element> Output<'a, T> {
+    /// Checks that `out` and all that the epilogue reads have the right length for `m` rows of `n`.
+    pub(crate) fn new(out: &mut [T], m: usize, n: usize, finish: Finish<'a, T>) -> Self {
+        assert_eq!(Some(out.len()), m.checked_mul(n), "the output is not [{m}, {n}]");
+        match finish {
+            Finish::Plain(e) => {
+                if let Some(bias) = e.bias {
+                    assert_eq!(bias.len(), n, "the bias has not one value for each output");
+                }
+                if let Some(g) = e.group_bias {
+                    assert!(g.rows_per_group > 0, "a group has rows");
+                    let groups = m.div_ceil(g.rows_per_group);
+                    assert!(g.values.len() >= groups * n, "the group bias is shorter than [{groups}, {n}]");
+                }
+                if let Some(residual) = e.residual {
+                    assert_eq!(residual.len(), out.len(), "the residual is not of the output's size");
+                }
+            }
+            Finish::Geglu(bias) => {
+                if let Some(bias) = bias {
+                    assert_eq!(bias.len(), 2 * n, "the bias has not one value for each row of the weight");
+                }
+            }
+        }
+        Self { start: out.as_mut_ptr(), n, finish }
+    }
+
+    /// Whether panels come in pairs of values and gates.
+    pub(crate) fn in_pairs(&self) -> bool {
+        matches!(self.finish, Finish::Geglu(_))
+    }
+
+    /// Finishes a tile: rows `row..row + rows` of panel `panel` from `tile`
+    /// (`[rows][32]`); of a GEGLU `panel` is the values' and `gates` the tile
+    /// of the panel after it.
+    ///
+    /// # Safety
+    /// The machine has the set of `S`, the tiles are readable, the rows exist,
+    /// and nobody else writes these outputs.
+    #[inline(always)]
+    pub(crate) unsafe fn tile<S: Simd>(
+        &self,
+        tile: *const f32,
+        gates: *const f32,
+        row: usize,
+        rows: usize,
+        panel: usize,
+    ) {
+        // SAFETY: the caller's contract; lengths were checked in `new`.
+        unsafe {
+            match self.finish {
+                Finish::Plain(e) => {
+                    let col = panel * PANEL;
+                    let cols = PANEL.min(self.n - col);
+                    if cols == PANEL {
+                        self.plain::<S, true>(e, tile, row, rows, col, cols);
+                    } else {
+                        self.plain::<S, false>(e, tile, row, rows, col, cols);
+                    }
+                }
+                Finish::Geglu(bias) => {
+                    let col = panel / 2 * PANEL;
+                    let cols = PANEL.min(self.n - col);
+                    if cols == PANEL {
+                        self.geglu::<S, true>(bias, tile, gates, row, rows, col, cols);
+                    } else {
+                        self.geglu::<S, false>(bias, tile, gates, row, rows, col, cols);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for `tile`.
+    #[inline(always)]
+    unsafe fn plain<S: Simd, const FULL: bool>(
+        &self,
+        e: &Epilogue<'_, T>,
+        tile: *const f32,
+        row: usize,
+        rows: usize,
+        col: usize,
+        cols: usize,
+    ) {
+        // SAFETY: rows and columns exist, and the lengths were checked in `new`.
+        unsafe {
+            let scale = S::splat(e.scale);
+            for v in (0..cols).step_by(S::LANES) {
+                let lanes = if FULL { S::LANES } else { S::LANES.min(cols - v) };
+                let zero = S::splat(0.0);
+                let bias = e.bias.map_or(zero, |b| read::<S, f32, FULL>(b.as_ptr().add(col + v), lanes));
+                // The group of the row at hand, and the row at which the next begins.
+                let (mut group, mut next) = (zero, row);
+                for r in 0..rows {
+                    if let Some(g) = e.group_bias
+                        && row + r >= next
+                    {
+                        let index = (row + r) / g.rows_per_group;
+                        next = (index + 1) * g.rows_per_group;
+                        group = read::<S, T, FULL>(g.values.as_ptr().add(index * self.n + col + v), lanes);
+                    }
+                    let at = (row + r) * self.n + col + v;
+                    let mut x = S::load_f32(tile.add(r * PANEL + v));
+                    x = S::add(S::add(x, bias), group);
+                    if e.activation != Activation::None {
+                        x = math::activate::<S, T>(e.activation, x);
+                    }
+                    if let Some(residual) = e.residual {
+                        x = S::add(x, read::<S, T, FULL>(residual.as_ptr().add(at), lanes));
+                    }
+                    write::<S, T, FULL>(self.start.add(at), S::mul(x, scale), lanes);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for `tile`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "a tile's place is that many numbers")]
+    unsafe fn geglu<S: Simd, const FULL: bool>(
+        &self,
+        bias: Option<&[f32]>,
+        values: *const f32,
+        gates: *const f32,
+        row: usize,
+        rows: usize,
+        col: usize,
+        cols: usize,
+    ) {
+        // SAFETY: rows and columns exist, and the lengths were checked in `new`.
+        unsafe {
+            for v in (0..cols).step_by(S::LANES) {
+                let lanes = if FULL { S::LANES } else { S::LANES.min(cols - v) };
+                let read_bias = |at: usize| {
+                    bias.map_or(S::splat(0.0), |b| read::<S, f32, FULL>(b.as_ptr().add(at + v), lanes))
+                };
+                let (value_bias, gate_bias) = (read_bias(col), read_bias(self.n + col));
+                for r in 0..rows {
+                    let value = S::add(S::load_f32(values.add(r * PANEL + v)), value_bias);
+                    let gate = S::add(S::load_f32(gates.add(r * PANEL + v)), gate_bias);
+                    let x = S::mul(value, math::activate::<S, T>(Activation::Gelu, gate));
+                    write::<S, T, FULL>(self.start.add((row + r) * self.n + col + v), x, lanes);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `lanes` elements are readable, all of a vector if `FULL`.
+#[inline(always)]
+unsafe fn read<S: Simd, T: Element, const FULL: bool>(from: *const T, lanes: usize) -> S::V {
+    // SAFETY: the caller's contract.
+    unsafe { if FULL { S::load(from) } else { S::load_part(from, lanes) } }
+}
+
+/// # Safety
+/// `lanes` elements are writable, all of a vector if `FULL`.
+#[inline(always)]
+unsafe fn write<S: Simd, T: Element, const FULL: bool>(to: *mut T, v: S::V, lanes: usize) {
+    // SAFETY: the caller's contract.
+    unsafe { if FULL { S::store(to, v) } else { S::store_part(to, v, lanes) } }
+}

@@ -1,0 +1,231 @@
+//! Weights in the order in which every microkernel reads them. One layout for
+//! each element type, whatever the instruction set, so that packing happens
+//! once and tests can run all sets over the same matrix.
+//!
+//! Outputs come in panels of [`PANEL`] columns, padded with zeros:
+//!
+//! * float32: `[k][32 columns]`;
+//! * bfloat16: `[k / 32][2 tiles][16 pairs of k][16 columns][2]`, `k` padded
+//!   with zeros to a multiple of 32. Each tile is one kibibyte: an AMX tile as
+//!   `tileloadd` wants it, and sixteen operands of `vdpbf16ps`.
+
+use crate::{AlignedVec, Cpu, Element, ElementKind};
+
+/// Columns of a panel.
+pub(crate) const PANEL: usize = 32;
+/// Elements of a bfloat16 panel that hold 32 consecutive `k`: two tiles.
+pub(crate) const STEP: usize = 2 * TILE;
+/// Elements of a bfloat16 tile.
+pub(crate) const TILE: usize = 512;
+/// Consecutive `k` of a tile.
+pub(crate) const TILE_K: usize = 32;
+
+/// A weight matrix `[n, k]` (`n` outputs, as PyTorch stores a `Linear`),
+/// arranged once at load in the order in which the kernels read it.
+pub struct PackedMatrix<T: Element> {
+    n: usize,
+    k: usize,
+    /// Whether values and gates of a GEGLU alternate panel by panel.
+    geglu: bool,
+    panel_len: usize,
+    data: AlignedVec<T>,
+}
+
+impl<T: Element> PackedMatrix<T> {
+    /// Packs a matrix whose row `i` of `k` values is written by `row(i, out)`.
+    /// `row` is called once for each row, from several threads, so that
+    /// nothing but the packed form is ever held whole.
+    pub fn pack(cpu: &Cpu, n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let panel = |p: usize| p * PANEL..n.min((p + 1) * PANEL);
+        Self::pack_panels(cpu, n, k, n.div_ceil(PANEL), false, panel, row)
+    }
+
+    /// Packs a GEGLU projection `[2 h, k]`, rows `0..h` the values and
+    /// `h..2h` the gates, so that both are at hand together. Only
+    /// [`crate::geglu`] takes the result.
+    ///
+    /// # Panics
+    /// When `n` is odd.
+    pub fn pack_geglu(cpu: &Cpu, n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        assert_eq!(n % 2, 0, "a GEGLU projection has as many gates as values");
+        let h = n / 2;
+        let panel = |p: usize| {
+            let first = p / 2 * PANEL;
+            let shift = p % 2 * h;
+            first + shift..h.min(first + PANEL) + shift
+        };
+        Self::pack_panels(cpu, n, k, 2 * h.div_ceil(PANEL), true, panel, row)
+    }
+
+    fn pack_panels(
+        cpu: &Cpu,
+        n: usize,
+        k: usize,
+        panels: usize,
+        geglu: bool,
+        rows_of: impl Fn(usize) -> std::ops::Range<usize> + Sync,
+        row: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        let panel_len = match T::KIND {
+            ElementKind::F32 => k * PANEL,
+            ElementKind::Bf16 => k.div_ceil(TILE_K) * STEP,
+        };
+        let mut data = AlignedVec::<T>::zeroed(panels * panel_len);
+        let start = Start(data.as_mut_slice().as_mut_ptr());
+        cpu.parallel(panels, |p| {
+            // SAFETY: each task has its own panel, inside the buffer.
+            let panel = unsafe { std::slice::from_raw_parts_mut(start.get().add(p * panel_len), panel_len) };
+            let mut values = vec![0.0; k];
+            let mut rounded = vec![T::default(); GROUP * k];
+            let rows = rows_of(p);
+            for first in (0..rows.len()).step_by(GROUP) {
+                let count = GROUP.min(rows.len() - first);
+                for (i, to) in (0..count).zip(rounded.chunks_exact_mut(k.max(1))) {
+                    row(rows.start + first + i, &mut values);
+                    for (to, &from) in to.iter_mut().zip(&values) {
+                        *to = T::from_f32(from);
+                    }
+                }
+                interleave(&rounded[..count * k], k, first, panel);
+            }
+        });
+        Self { n, k, geglu, panel_len, data }
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Memory that the packed form takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        std::mem::size_of_val(self.data.as_slice())
+    }
+
+    /// Whether [`PackedMatrix::pack_geglu`] made it.
+    pub(crate) fn is_geglu(&self) -> bool {
+        self.geglu
+    }
+
+    /// Panels of [`PANEL`] columns.
+    pub(crate) fn panels(&self) -> usize {
+        if self.geglu { 2 * (self.n / 2).div_ceil(PANEL) } else { self.n.div_ceil(PANEL) }
+    }
+
+    /// The values of one panel.
+    pub(crate) fn panel(&self, p: usize) -> &[T] {
+        &self.data.as_slice()[p * self.panel_len..][..self.panel_len]
+    }
+}
+
+/// Rows that are rounded before they are spread over a panel: the width of a
+/// tile, so that a tile is written from end to end.
+const GROUP: usize = 16;
+
+/// Spreads up to [`GROUP`] rows of `k` values, columns `first..` of a panel.
+fn interleave<T: Element>(rows: &[T], k: usize, first: usize, panel: &mut [T]) {
+    if k == 0 {
+        return;
+    }
+    let count = rows.len() / k;
+    match T::KIND {
+        ElementKind::F32 => {
+            for (i, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+                for (j, to) in to[first..first + count].iter_mut().enumerate() {
+                    *to = rows[j * k + i];
+                }
+            }
+        }
+        ElementKind::Bf16 => {
+            let tile = first / 16;
+            for (step, to) in panel.chunks_exact_mut(STEP).enumerate() {
+                for (pair, to) in to[tile * TILE..][..TILE].chunks_exact_mut(32).enumerate() {
+                    let i = step * TILE_K + pair * 2;
+                    for (j, to) in to.chunks_exact_mut(2).take(count).enumerate() {
+                        for (to, i) in to.iter_mut().zip(i..k) {
+                            *to = rows[j * k + i];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The start of a buffer whose parts several tasks write.
+struct Start<T>(*mut T);
+
+impl<T> Start<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+// SAFETY: tasks write disjoint parts, as `pack_panels` cuts them.
+unsafe impl<T: Send> Sync for Start<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CpuConfig;
+    use half::bf16;
+
+    fn cpu() -> Cpu {
+        Cpu::new(&CpuConfig { threads: Some(2), isa: None }).unwrap()
+    }
+
+    /// Row `i` holds `100 i + 1 ..`, so that each value tells its place.
+    fn fill(i: usize, row: &mut [f32]) {
+        for (k, v) in row.iter_mut().enumerate() {
+            *v = (100 * i + k + 1) as f32;
+        }
+    }
+
+    #[test]
+    fn float32_panels_hold_columns_side_by_side() {
+        let w = PackedMatrix::<f32>::pack(&cpu(), 35, 5, fill);
+        assert_eq!((w.panels(), w.bytes()), (2, 2 * 5 * 32 * 4));
+        assert_eq!(w.panel(0)[4 * 32 + 31], 3105.0);
+        assert_eq!(w.panel(1)[4 * 32 + 2], 3405.0);
+        assert_eq!(w.panel(1)[4 * 32 + 3], 0.0);
+    }
+
+    #[test]
+    fn bfloat16_panels_hold_tiles_of_pairs() {
+        let small = |i: usize, row: &mut [f32]| {
+            for (k, v) in row.iter_mut().enumerate() {
+                *v = (i * 4 + k % 4) as f32 + if k > 31 { 0.5 } else { 0.0 };
+            }
+        };
+        let w = PackedMatrix::<bf16>::pack(&cpu(), 18, 33, small);
+        assert_eq!((w.panels(), w.bytes()), (1, 2 * 2 * 1024));
+        // Column 17, k = 7: second tile, pair 3, column 1, second of the pair.
+        assert_eq!(w.panel(0)[TILE + 3 * 32 + 2 + 1].to_f32(), 71.0);
+        // Column 2, k = 32, the last: its pair is padded.
+        assert_eq!(w.panel(0)[STEP + 4].to_f32(), 8.5);
+        assert_eq!(w.panel(0)[STEP + 5].to_f32(), 0.0);
+    }
+
+    #[test]
+    fn geglu_panels_alternate_values_and_gates() {
+        let w = PackedMatrix::<f32>::pack_geglu(&cpu(), 2 * 33, 1, fill);
+        assert_eq!(w.panels(), 4);
+        assert_eq!(w.panel(0)[31], 3101.0);
+        assert_eq!(w.panel(1)[31], 6401.0);
+        assert_eq!(w.panel(2)[..2], [3201.0, 0.0]);
+        assert_eq!(w.panel(3)[..2], [6501.0, 0.0]);
+    }
+
+    #[test]
+    fn empty_matrices_are_fine() {
+        for (n, k) in [(0, 0), (0, 5), (5, 0)] {
+            let w = PackedMatrix::<bf16>::pack(&cpu(), n, k, fill);
+            assert_eq!((w.n(), w.k(), w.bytes()), (n, k, 0));
+        }
+    }
+}
