@@ -150,28 +150,3 @@ fn product<T: Element>(
     let output = Output::new(out, m, n, finish);
     multiply(cpu, &Matrix { data: a, m, k: w.k() }, w, &output);
 }
-
-pub(crate) fn apply(activation: Activation, x: f32) -> f32 {
-    match activation {
-        Activation::None => x,
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::Gelu => {
-            // Abramowitz and Stegun 7.1.26 is too coarse here; this is a stand-in by series.
-            0.5 * x * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2) as f32)
-        }
-        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
-    }
-}
-
-fn erf(x: f64) -> f64 {
-    if x.abs() > 5.0 {
-        return x.signum();
-    }
-    let (mut term, mut sum) = (x, x);
-    for n in 1..80 {
-        let n = f64::from(n);
-        term *= -x * x / n;
-        sum += term / (2.0 * n + 1.0);
-    }
-    sum * 2.0 / std::f64::consts::PI.sqrt()
-}

@@ -9,6 +9,7 @@
 //!   with zeros to a multiple of 32. Each tile is one kibibyte: an AMX tile as
 //!   `tileloadd` wants it, and sixteen operands of `vdpbf16ps`.
 
+use crate::split::Shared;
 use crate::{AlignedVec, Cpu, Element, ElementKind};
 
 /// Columns of a panel.
@@ -71,10 +72,10 @@ impl<T: Element> PackedMatrix<T> {
             ElementKind::Bf16 => k.div_ceil(TILE_K) * STEP,
         };
         let mut data = AlignedVec::<T>::zeroed(panels * panel_len);
-        let start = Start(data.as_mut_slice().as_mut_ptr());
+        let shared = Shared::new(data.as_mut_slice());
         cpu.parallel(panels, |p| {
-            // SAFETY: each task has its own panel, inside the buffer.
-            let panel = unsafe { std::slice::from_raw_parts_mut(start.get().add(p * panel_len), panel_len) };
+            // SAFETY: each task takes its own panel.
+            let panel = unsafe { shared.part(p * panel_len, panel_len) };
             let mut values = vec![0.0; k];
             let mut rounded = vec![T::default(); GROUP * k];
             let rows = rows_of(p);
@@ -156,18 +157,6 @@ fn interleave<T: Element>(rows: &[T], k: usize, first: usize, panel: &mut [T]) {
         }
     }
 }
-
-/// The start of a buffer whose parts several tasks write.
-struct Start<T>(*mut T);
-
-impl<T> Start<T> {
-    fn get(&self) -> *mut T {
-        self.0
-    }
-}
-
-// SAFETY: tasks write disjoint parts, as `pack_panels` cuts them.
-unsafe impl<T: Send> Sync for Start<T> {}
 
 #[cfg(test)]
 mod tests {
