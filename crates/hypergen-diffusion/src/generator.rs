@@ -155,3 +155,9 @@ impl From<crate::request::ParameterError> for Error {
         Self { kind: ErrorKind::Request, param: Some(e.param), message: e.message }
     }
 }
+
+impl From<hypergen_tensor::CheckpointError> for Error {
+    fn from(e: hypergen_tensor::CheckpointError) -> Self {
+        Self::new(ErrorKind::Model, e.to_string())
+    }
+}

@@ -6,11 +6,19 @@
 //! many threads drew it. There is no network server, no command line and no
 //! instruction set in this crate.
 
+mod conditioning;
+mod embedded;
+mod enlarge;
+pub mod files;
 mod generator;
 mod load;
+pub mod models;
+mod pipeline;
 mod request;
 pub mod samplers;
+pub mod tokenizer;
 
 pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
-pub use load::{DTypeChoice, LoadOptions, LoadProgress, Pipeline, load};
+pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
+pub use pipeline::{Latents, Pipeline};
 pub use request::{GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS, Size};

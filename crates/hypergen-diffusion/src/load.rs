@@ -1,9 +1,21 @@
 //! From what a user names (or nothing) to a model that is ready to draw.
 
+use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
-use crate::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Request};
+use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader};
+use serde_json::Value;
+
+use crate::conditioning::{TextConditioner, TextPart};
+use crate::files::ModelFiles;
+use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
+use crate::models::unet::{UNet, UNetConfig};
+use crate::models::vae::{Decoder, VaeConfig};
+use crate::samplers::Sampler;
+use crate::tokenizer::Tokenizer;
+use crate::{Error, ErrorKind, GUIDANCE_SCALE, ModelInfo, Pipeline, Size, embedded};
 
 /// The number type that a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,9 +83,6 @@ pub struct LoadProgress {
     pub total: u64,
 }
 
-/// A loaded model.
-pub struct Pipeline {}
-
 /// Loads a model: a folder in the diffusers layout, or the embedded model
 /// where none is named. `progress` is called as the weights are packed.
 ///
@@ -85,20 +94,207 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Pipeline, Error> {
-    let _ = (model, options, progress);
-    Err(Error::new(ErrorKind::Model, "loading is not there yet"))
+    let files = match model {
+        None => ModelFiles::Embedded,
+        Some(path) => ModelFiles::folder(Path::new(path))?,
+    };
+    let device = Device::cpu(&DeviceConfig { threads: options.threads })
+        .map_err(|e| Error::new(ErrorKind::Request, e.to_string()))?;
+    let dtype = match options.dtype {
+        DTypeChoice::Float32 => DType::F32,
+        DTypeChoice::Bfloat16 | DTypeChoice::Float16 => DType::Bf16,
+        DTypeChoice::Auto if device.multiplies_bf16() => DType::Bf16,
+        DTypeChoice::Auto => DType::F32,
+    };
+    let parts = Parts::open(&files)?;
+    let total = parts.bytes();
+    let done = Cell::new(0);
+    let progress = RefCell::new(progress);
+    let report = |bytes: u64| {
+        done.set(done.get() + bytes);
+        (progress.borrow_mut())(LoadProgress { done: done.get().min(total), total });
+    };
+    let loading = Loading { files: &files, device: &device, dtype, report: &report };
+
+    let unet = loading.unet(&parts.unet)?;
+    let text = loading.text(&parts, &unet)?;
+    let vae = loading.vae(&parts.vae)?;
+    let (channels, latents) = (unet.config().in_channels, vae.config().latent_channels);
+    if channels != latents || unet.config().out_channels != latents {
+        return Err(Error::new(
+            ErrorKind::Model,
+            format!(
+                "the UNet takes {channels} channels and the VAE has {latents}: inpainting and image-to-image \
+                 checkpoints are not supported, and other parts have to belong together"
+            ),
+        ));
+    }
+    let scheduler = files.json("scheduler/scheduler_config.json")?;
+    let sampler = Sampler::new(None, &scheduler, 1)
+        .map_err(|e| Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json"))))?;
+    let side = unet.config().sample_size.unwrap_or(64) * vae.config().factor();
+    let native_size = Size::new(side, side)?;
+    let embedded = matches!(files, ModelFiles::Embedded);
+    let info = ModelInfo {
+        name: model.map_or_else(|| embedded::NAME.to_owned(), model_name),
+        family: if embedded { "emoji (embedded)".into() } else { parts.family(&unet).into() },
+        native_size,
+        sampler: sampler.name().to_owned(),
+        device: device.name().into(),
+        isa: device.isa().to_string(),
+        dtype: dtype.name().into(),
+        threads: device.threads(),
+        weight_bytes: parts.packed_bytes(dtype),
+        default_steps: None,
+        default_guidance: None,
+        min_guidance: GUIDANCE_SCALE.min,
+    };
+    device.release_unused();
+    Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded })
 }
 
-impl Generator for Pipeline {
-    fn info(&self) -> ModelInfo {
-        unreachable!("no pipeline can be loaded yet")
+/// A model's last path component, which is how people call it.
+fn model_name(path: &str) -> String {
+    let path = Path::new(path);
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    whole.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// Pipelines of diffusers that draw from text alone with the parts that we have.
+const PLAIN: &[&str] = &["StableDiffusionPipeline", "LatentConsistencyModelPipeline"];
+/// Those with SDXL's two text encoders.
+const XL: &[&str] = &["StableDiffusionXLPipeline"];
+
+/// The checkpoints of a model's parts.
+struct Parts {
+    xl: bool,
+    index: Value,
+    text_encoders: Vec<(&'static str, &'static str, Checkpoint)>,
+    unet: Checkpoint,
+    vae: Checkpoint,
+}
+
+impl Parts {
+    fn open(files: &ModelFiles) -> Result<Self, Error> {
+        let index = files.json("model_index.json")?;
+        let class = index.get("_class_name").and_then(Value::as_str).unwrap_or_default();
+        let xl = XL.contains(&class);
+        if !xl && !PLAIN.contains(&class) {
+            let known = [PLAIN, XL].concat().join(", ");
+            let shown = files.show("model_index.json");
+            return Err(Error::new(
+                ErrorKind::Model,
+                format!("{shown} says that this is a {class}; what can be loaded is {known}"),
+            ));
+        }
+        let mut text_encoders = vec![("tokenizer", "text_encoder", files.checkpoint("text_encoder", "model")?)];
+        if xl {
+            text_encoders.push(("tokenizer_2", "text_encoder_2", files.checkpoint("text_encoder_2", "model")?));
+        }
+        Ok(Self {
+            xl,
+            text_encoders,
+            unet: files.checkpoint("unet", "diffusion_pytorch_model")?,
+            vae: files.checkpoint("vae", "diffusion_pytorch_model")?,
+            index,
+        })
     }
 
-    fn check(&self, _request: &Request) -> Result<(), Error> {
-        Ok(())
+    fn all(&self) -> impl Iterator<Item = &Checkpoint> {
+        self.text_encoders.iter().map(|(_, _, c)| c).chain([&self.unet, &self.vae])
     }
 
-    fn generate(&mut self, _: &[Request], _: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        Err(Error::new(ErrorKind::Internal, "nothing to draw with yet"))
+    fn bytes(&self) -> u64 {
+        self.all().map(Checkpoint::bytes).sum()
     }
+
+    fn packed_bytes(&self, dtype: DType) -> usize {
+        self.all().map(|c| c.elements() as usize * dtype.size()).sum()
+    }
+
+    fn family(&self, unet: &UNet) -> &'static str {
+        match (self.xl, unet.config().levels[0].context) {
+            (true, _) => "Stable Diffusion XL",
+            (false, 1024) => "Stable Diffusion 2.x",
+            (false, 768) => "Stable Diffusion 1.x",
+            (false, _) => "Stable Diffusion",
+        }
+    }
+}
+
+/// What every part is loaded with.
+struct Loading<'a> {
+    files: &'a ModelFiles,
+    device: &'a Device,
+    dtype: DType,
+    report: &'a dyn Fn(u64),
+}
+
+impl Loading<'_> {
+    /// Reads a part's configuration; errors name the file.
+    fn config<T>(&self, part: &str, read: impl FnOnce(&Value) -> Result<T, Error>) -> Result<T, Error> {
+        let file = format!("{part}/config.json");
+        let json = self.files.json(&file)?;
+        read(&json).map_err(|e| Error { message: format!("{}: {}", self.files.show(&file), e.message), ..e })
+    }
+
+    fn unet(&self, checkpoint: &Checkpoint) -> Result<UNet, Error> {
+        let config = self.config("unet", UNetConfig::from_json)?;
+        let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
+        let unet = UNet::load(&loader.root(), config)?;
+        nothing_left(&loader, checkpoint, |_| false)?;
+        Ok(unet)
+    }
+
+    fn vae(&self, checkpoint: &Checkpoint) -> Result<Decoder, Error> {
+        let config = self.config("vae", VaeConfig::from_json)?;
+        let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
+        let vae = Decoder::load(&loader.root(), config)?;
+        // Text to picture only decodes.
+        nothing_left(&loader, checkpoint, |t| t.starts_with("encoder.") || t.starts_with("quant_conv."))?;
+        Ok(vae)
+    }
+
+    fn text(&self, parts: &Parts, unet: &UNet) -> Result<TextConditioner, Error> {
+        let mut loaded = vec![];
+        for (tokenizer, encoder, checkpoint) in &parts.text_encoders {
+            let config = self.config(encoder, TextEncoderConfig::from_json)?;
+            let (positions, vocab) = (config.max_position_embeddings, config.vocab_size);
+            let tokenizer = Tokenizer::load(self.files, tokenizer, positions, vocab)?;
+            let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
+            let encoder = TextEncoder::load(&loader.root(), config)?;
+            nothing_left(&loader, checkpoint, beside_text_encoder)?;
+            loaded.push(TextPart { tokenizer, encoder });
+        }
+        // SDXL takes the penultimate layer of both encoders as it is.
+        let state = HiddenState { skip: usize::from(parts.xl), normed: !parts.xl };
+        let zeros = parts.index.get("force_zeros_for_empty_prompt").and_then(Value::as_bool).unwrap_or(true);
+        let text = TextConditioner::new(loaded, state, parts.xl && zeros);
+        text.check_against(unet.config())?;
+        Ok(text)
+    }
+}
+
+/// Tensors that lie beside a text encoder in files of whole CLIP models, or
+/// that older versions stored though they are constant.
+fn beside_text_encoder(tensor: &str) -> bool {
+    tensor.ends_with("position_ids")
+        || tensor == "logit_scale"
+        || ["vision_model.", "visual_projection.", "text_projection."].iter().any(|p| tensor.starts_with(p))
+}
+
+/// A tensor that nothing has asked for shows that configuration and weights
+/// do not belong together, which would draw nonsense.
+fn nothing_left(loader: &Loader<'_>, checkpoint: &Checkpoint, known: impl Fn(&str) -> bool) -> Result<(), Error> {
+    let unused: Vec<String> = loader.unused().into_iter().filter(|t| !known(t)).collect();
+    let Some(first) = unused.first() else { return Ok(()) };
+    Err(Error::new(
+        ErrorKind::Model,
+        format!(
+            "{} holds {} tensors for which the config.json beside it has no place, '{first}' the first of them; \
+             do the two files belong together?",
+            checkpoint.label(),
+            unused.len()
+        ),
+    ))
 }

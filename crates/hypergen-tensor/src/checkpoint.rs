@@ -274,6 +274,11 @@ impl Checkpoint {
         self.tensors.values().map(TensorInfo::bytes).sum()
     }
 
+    /// Values of all tensors.
+    pub fn elements(&self) -> u64 {
+        self.tensors.values().map(|t| t.shape.iter().map(|&d| d as u64).product::<u64>()).sum()
+    }
+
     /// The tensor's stored values, checked against the shape that the model
     /// needs. Dimensions of size 1 at the end may be missing or added (a 1x1
     /// convolution is a linear layer).

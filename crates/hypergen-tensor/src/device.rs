@@ -66,6 +66,11 @@ impl Device {
         self.cpu_kernels().isa()
     }
 
+    /// Whether bfloat16 products run at a multiple of float32's speed.
+    pub fn multiplies_bf16(&self) -> bool {
+        self.isa() >= hypergen_cpu::Isa::Avx512Bf16
+    }
+
     /// Gives the memory of tensors that are gone back to the system.
     pub fn release_unused(&self) {
         lock(&self.shared.f32).clear();

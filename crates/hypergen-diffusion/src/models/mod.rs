@@ -1,0 +1,11 @@
+//! The networks: text encoder, UNet and VAE, driven by the checkpoint's own
+//! JSON and named as its tensors are. No sampler, no prompt, no file name.
+
+mod config;
+mod resnet;
+pub mod text_encoder;
+mod transformer;
+pub mod unet;
+mod unet_blocks;
+pub mod unet_config;
+pub mod vae;

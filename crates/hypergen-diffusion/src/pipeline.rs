@@ -1,0 +1,267 @@
+//! A loaded model that draws: text, denoising steps, decoding.
+
+use std::time::Instant;
+
+use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
+
+use crate::conditioning::{Encoded, TextConditioner};
+use crate::enlarge::{canvas, enlarge};
+use crate::models::unet::{Added, Conditioning, UNet};
+use crate::models::vae::Decoder;
+use crate::samplers::{self, Sampler};
+use crate::{Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range, Request, STEPS, Size, Stage};
+
+/// A loaded model.
+pub struct Pipeline {
+    pub(crate) info: ModelInfo,
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    pub(crate) text: TextConditioner,
+    pub(crate) unet: UNet,
+    pub(crate) vae: Decoder,
+    /// `scheduler_config.json` as it was read.
+    pub(crate) scheduler: serde_json::Value,
+    /// The model draws only at its native size; others are enlarged from it.
+    pub(crate) native_only: bool,
+}
+
+/// Final latents of one request, before decoding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Latents {
+    /// Height in latents.
+    pub height: usize,
+    /// Width in latents.
+    pub width: usize,
+    /// `[height, width, channels]`.
+    pub values: Vec<f32>,
+}
+
+impl Pipeline {
+    /// The size that is drawn for a requested one.
+    fn drawn(&self, requested: Size) -> Size {
+        if self.native_only { canvas(requested, self.info.native_size) } else { requested }
+    }
+
+    fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
+        Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
+            kind: ErrorKind::Request,
+            param: Some("sampler"),
+            message: e.to_string(),
+        })
+    }
+
+    /// The latents that [`Generator::generate`] decodes, for tests against
+    /// other implementations.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
+    pub fn latents(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Latents>, Error> {
+        let Some(first) = requests.first() else { return Ok(vec![]) };
+        if let Some(other) = requests.iter().find(|r| !r.agrees_with(first)) {
+            return Err(Error::new(ErrorKind::Internal, format!("{first:?} and {other:?} cannot share a batch")));
+        }
+        requests.iter().try_for_each(|r| self.check(r))?;
+        let sampler = self.sampler(first)?;
+        let size = self.drawn(first.size);
+        let factor = self.vae.config().factor();
+        let shape = [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
+
+        stop_if_unwanted(observer, requests.len())?;
+        let started = Instant::now();
+        let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
+        let conditioning = self.condition(requests, guided, size)?;
+        observer.stage(Stage::Text, 1, 1, started.elapsed());
+
+        let mut generators: Vec<_> = requests.iter().map(|r| TorchGenerator::new(r.seed)).collect();
+        let mut noise = |out: &mut [f32]| fill_noise(&mut generators, shape, out);
+        let mut x = vec![0.0; shape.iter().product()];
+        noise(&mut x);
+        let scale = sampler.initial_scale();
+        x.iter_mut().for_each(|x| *x *= scale);
+        let mut network = Network {
+            unet: &self.unet,
+            device: &self.device,
+            dtype: self.dtype,
+            conditioning,
+            guidance: guided.then_some(first.guidance_scale as f32),
+            shape,
+            observer,
+            done: 0,
+            evaluations: sampler.evaluations(),
+        };
+        sampler.run(&mut x, &mut network, &mut noise)?;
+        finite(&x, "denoising")?;
+        let [_, height, width, _] = shape;
+        let len = x.len() / requests.len();
+        Ok(x.chunks_exact(len).map(|values| Latents { height, width, values: values.to_vec() }).collect())
+    }
+
+    /// What the UNet is told: all negative sides first, then all positive.
+    fn condition(&mut self, requests: &[Request], guided: bool, size: Size) -> Result<Conditioning, Error> {
+        let mut rows = vec![];
+        if guided {
+            for r in requests {
+                rows.push(self.text.encode_negative(r.negative_prompt.as_deref())?);
+            }
+        }
+        for r in requests {
+            rows.push(self.text.encode(&r.prompt)?);
+        }
+        let join = |part: fn(&Encoded) -> &Vec<f32>| rows.iter().flat_map(|e| part(e)).copied().collect::<Vec<f32>>();
+        let (hidden, pooled) = (join(|e| &e.hidden), join(|e| &e.pooled));
+        let shape = [rows.len(), self.text.tokens(), self.text.width()];
+        let text = Tensor::from_f32(&self.device, shape, self.dtype, &hidden);
+        let (h, w) = (size.height as f32, size.width as f32);
+        let time_ids = vec![[h, w, 0.0, 0.0, h, w]; rows.len()];
+        let added = self.unet.config().text_time.map(|_| Added { pooled: &pooled, time_ids: &time_ids });
+        let guidance = self.unet.config().time_cond_proj_dim.map(|_| requests[0].guidance_scale);
+        Ok(self.unet.condition(&text, added.as_ref(), guidance))
+    }
+
+    /// Latents to 8-bit RGB, of the size that was drawn.
+    ///
+    /// # Errors
+    /// When the decoder produces what is no number.
+    pub fn decode(&self, latents: &Latents) -> Result<Vec<u8>, Error> {
+        let config = self.vae.config();
+        let mut values = latents.values.clone();
+        self.vae.unscale(&mut values);
+        let shape = [1, latents.height, latents.width, config.latent_channels];
+        let pixels = self.vae.forward(&Tensor::from_f32(&self.device, shape, self.dtype, &values)).to_f32();
+        finite(&pixels, "decoding")?;
+        let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+        Ok(pixels.into_iter().map(byte).collect())
+    }
+
+    fn warnings(&mut self, request: &Request) -> Result<Vec<String>, Error> {
+        let mut warnings = vec![];
+        let negative = request.negative_prompt.as_deref();
+        for (name, prompt) in [("prompt", Some(request.prompt.as_str())), ("negative_prompt", negative)] {
+            let Some(prompt) = prompt else { continue };
+            if let Some(rest) = &self.text.encode(prompt)?.truncated {
+                let room = self.text.tokens() - 2;
+                warnings.push(format!("the {name} is longer than the {room} tokens that the model reads; ignored: {rest}"));
+            }
+        }
+        Ok(warnings)
+    }
+}
+
+impl Generator for Pipeline {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        STEPS.check(request.steps)?;
+        Range { min: self.info.min_guidance, ..GUIDANCE_SCALE }.check(request.guidance_scale)?;
+        Size::new(request.size.width, request.size.height)?;
+        let factor = self.vae.config().factor();
+        let drawn = self.drawn(request.size);
+        if !drawn.width.is_multiple_of(factor) || !drawn.height.is_multiple_of(factor) {
+            return Err(Error {
+                kind: ErrorKind::Request,
+                param: Some("size"),
+                message: format!("Invalid size: {}. This model needs sides divisible by {factor}", request.size),
+            });
+        }
+        self.sampler(request).map(|_| ())
+    }
+
+    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
+        let latents = self.latents(requests, observer)?;
+        let mut pictures = vec![];
+        for (i, (request, latents)) in requests.iter().zip(&latents).enumerate() {
+            stop_if_unwanted(observer, requests.len())?;
+            let started = Instant::now();
+            let rgb = enlarge(self.decode(latents)?, self.drawn(request.size), request.size)?;
+            pictures.push(Picture { size: request.size, rgb, warnings: self.warnings(request)? });
+            observer.stage(Stage::Decode, i + 1, requests.len(), started.elapsed());
+        }
+        // The next request may have other shapes, for which these buffers are of no use.
+        self.device.release_unused();
+        Ok(pictures)
+    }
+}
+
+/// The UNet with guidance, as a sampler sees it.
+struct Network<'a> {
+    unet: &'a UNet,
+    device: &'a Device,
+    dtype: DType,
+    conditioning: Conditioning,
+    guidance: Option<f32>,
+    shape: [usize; 4],
+    observer: &'a mut dyn Observer,
+    done: usize,
+    evaluations: usize,
+}
+
+impl samplers::Model for Network<'_> {
+    fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Error> {
+        stop_if_unwanted(self.observer, self.shape[0])?;
+        let started = Instant::now();
+        let mut shape = self.shape;
+        let mut out = match self.guidance {
+            None => self.forward(x, shape, timestep),
+            Some(scale) => {
+                shape[0] *= 2;
+                let mut both = self.forward(&[x, x].concat(), shape, timestep);
+                let (negative, positive) = both.split_at_mut(x.len());
+                for (n, p) in negative.iter_mut().zip(positive) {
+                    *n += scale * (*p - *n);
+                }
+                both.truncate(x.len());
+                both
+            }
+        };
+        out.truncate(x.len());
+        self.done += 1;
+        self.observer.stage(Stage::Step, self.done, self.evaluations, started.elapsed());
+        Ok(out)
+    }
+}
+
+impl Network<'_> {
+    fn forward(&self, x: &[f32], shape: [usize; 4], timestep: f32) -> Vec<f32> {
+        let latents = Tensor::from_f32(self.device, shape, self.dtype, x);
+        self.unet.forward(&latents, timestep, &self.conditioning).to_f32()
+    }
+}
+
+fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), Error> {
+    // Asks for every request, so that an observer may count on being asked.
+    let unwanted = (0..requests).filter(|&i| observer.cancelled(i)).count();
+    if unwanted == requests {
+        return Err(Error::new(ErrorKind::Cancelled, "the generation was cancelled"));
+    }
+    Ok(())
+}
+
+fn finite(values: &[f32], stage: &str) -> Result<(), Error> {
+    match values.iter().filter(|v| !v.is_finite()).count() {
+        0 => Ok(()),
+        bad => Err(Error::new(
+            ErrorKind::Internal,
+            format!(
+                "{stage} produced {bad} values of {} that are not finite, so there is no picture; \
+                 try --dtype float32, and check the model's files if that does not help",
+                values.len()
+            ),
+        )),
+    }
+}
+
+/// Unit normals for a batch: each request draws from its own generator, in
+/// PyTorch's order of dimensions (channels first).
+fn fill_noise(generators: &mut [TorchGenerator], [_, h, w, c]: [usize; 4], out: &mut [f32]) {
+    let mut planes = vec![0.0; h * w * c];
+    for (generator, out) in generators.iter_mut().zip(out.chunks_exact_mut(h * w * c)) {
+        generator.fill_normal(&mut planes);
+        for (channel, plane) in planes.chunks_exact(h * w).enumerate() {
+            for (pixel, &value) in plane.iter().enumerate() {
+                out[pixel * c + channel] = value;
+            }
+        }
+    }
+}

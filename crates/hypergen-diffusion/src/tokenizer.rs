@@ -1,0 +1,177 @@
+//! CLIP's tokenizer, as transformers runs it, from either generation of its
+//! files: `vocab.json` with `merges.txt`, or `tokenizer.json` alone.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::{self, Lowercase, NFC, Replace};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::pre_tokenizers::{self};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+use crate::files::ModelFiles;
+use crate::{Error, ErrorKind};
+
+const BOS: &str = "<|startoftext|>";
+const EOS: &str = "<|endoftext|>";
+/// CLIP's split into words, from its `simple_tokenizer.py`.
+const WORDS: &str =
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+/// Vocabulary files beyond this size are refused: CLIP's has 49,408 entries.
+const MAX_VOCAB: usize = 1 << 20;
+
+/// A tokenizer of one text encoder.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: u32,
+    eos: u32,
+    pad: u32,
+    length: usize,
+}
+
+/// A prompt in the text encoder's terms.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokens {
+    /// Begin, words, end and padding: always [`Tokenizer::length`] ids.
+    pub ids: Vec<u32>,
+    /// What did not fit, decoded.
+    pub truncated: Option<String>,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer in `folder` of a model, for a text encoder of
+    /// `positions` tokens and `vocab` embeddings.
+    ///
+    /// # Errors
+    /// When files are missing, do not parse, or name tokens that the encoder
+    /// does not have.
+    pub fn load(files: &ModelFiles, folder: &str, positions: usize, vocab: usize) -> Result<Self, Error> {
+        let at = |file: &str| format!("{folder}/{file}");
+        let wrong = |file: &str, why: String| Error::new(ErrorKind::Model, format!("{}: {why}", files.show(&at(file))));
+        let config = files.optional_json(&at("tokenizer_config.json"))?.unwrap_or_default();
+        let map = files.optional_json(&at("special_tokens_map.json"))?.unwrap_or_default();
+        let special = |field: &str, default: &str| {
+            let from = |json: &Value| token_text(json.get(field)?);
+            from(&map).or_else(|| from(&config)).unwrap_or_else(|| default.to_owned())
+        };
+        let (bos, eos) = (special("bos_token", BOS), special("eos_token", EOS));
+        let pad = special("pad_token", &eos);
+
+        let (mut inner, file) = match files.bytes(&at("tokenizer.json"))? {
+            Some(bytes) => (from_tokenizer_json(&bytes).map_err(|e| wrong("tokenizer.json", e))?, "tokenizer.json"),
+            None => {
+                let vocab = files.json(&at("vocab.json"))?;
+                let merges = files.required_bytes(&at("merges.txt"))?;
+                let merges = String::from_utf8_lossy(&merges);
+                (from_merges(vocab, &merges).map_err(|e| wrong("merges.txt", e))?, "vocab.json")
+            }
+        };
+        // As transformers does, the padding token is cut out of prompts, too:
+        // in SD 2.x and SDXL that is "!".
+        inner.add_special_tokens(&[&bos, &eos, &pad].map(|t| AddedToken::from(t.as_str(), true)));
+        let id = |token: &str| {
+            let id = inner.token_to_id(token).filter(|&id| (id as usize) < vocab);
+            id.ok_or_else(|| wrong(file, format!("it has no token '{token}' among the text encoder's {vocab}")))
+        };
+        let (bos, eos, pad) = (id(&bos)?, id(&eos)?, id(&pad)?);
+        if let Some((token, id)) = inner.get_vocab(true).into_iter().find(|(_, id)| *id as usize >= vocab) {
+            let why = format!("its token '{token}' has id {id}, but the text encoder has {vocab} embeddings");
+            return Err(wrong(file, why));
+        }
+        // Older files leave the length out, and transformers then says 10^30.
+        let length = config.get("model_max_length").and_then(Value::as_u64).map_or(positions, |l| l as usize);
+        if length > positions || length < 3 {
+            return Err(wrong(
+                "tokenizer_config.json",
+                format!("'model_max_length' is {length}, but the text encoder has {positions} positions"),
+            ));
+        }
+        Ok(Self { inner, bos, eos, pad, length })
+    }
+
+    /// Tokens of every encoded prompt, begin and end included.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Encodes a prompt, padded or truncated to [`Tokenizer::length`].
+    ///
+    /// # Errors
+    /// When the tokenizer's files lead it into a token that it does not have.
+    pub fn encode(&self, text: &str) -> Result<Tokens, Error> {
+        let failed = |e: tokenizers::Error| Error::new(ErrorKind::Internal, format!("cannot tokenize the prompt: {e}"));
+        let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
+        let words = encoding.get_ids();
+        let room = self.length - 2;
+        let (kept, rest) = words.split_at(words.len().min(room));
+        let mut ids = Vec::with_capacity(self.length);
+        ids.push(self.bos);
+        ids.extend_from_slice(kept);
+        ids.push(self.eos);
+        ids.resize(self.length, self.pad);
+        let truncated = match rest {
+            [] => None,
+            rest => Some(self.inner.decode(rest, false).map_err(failed)?.replace("</w>", " ").trim().to_owned()),
+        };
+        Ok(Tokens { ids, truncated })
+    }
+}
+
+/// A special token is a string, or an object that holds one.
+fn token_text(value: &Value) -> Option<String> {
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+}
+
+fn from_tokenizer_json(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?;
+    // Begin, end, padding and truncation are ours to add.
+    inner.with_padding(None);
+    inner.with_truncation(None).map_err(|e| e.to_string())?;
+    Ok(inner)
+}
+
+fn from_merges(vocab: Value, merges: &str) -> Result<tokenizers::Tokenizer, String> {
+    let vocab: HashMap<String, u32> =
+        serde_json::from_value(vocab).map_err(|e| format!("vocab.json beside it does not map tokens to ids: {e}"))?;
+    if vocab.len() > MAX_VOCAB {
+        return Err(format!("vocab.json beside it has {} entries", vocab.len()));
+    }
+    let mut pairs = vec![];
+    for (number, line) in merges.lines().enumerate() {
+        if line.trim().is_empty() || line.starts_with("#version") {
+            continue;
+        }
+        let (a, b) = line.split_once(' ').ok_or_else(|| format!("line {} is not a pair: '{line}'", number + 1))?;
+        pairs.push((a.to_owned(), b.trim_end().to_owned()));
+    }
+    build(vocab, pairs).map_err(|e| e.to_string())
+}
+
+/// The pipeline of transformers' `CLIPTokenizer` around a vocabulary.
+fn build(
+    vocab: HashMap<String, u32>,
+    merges: Vec<(String, String)>,
+) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .unk_token(EOS.into())
+        .continuing_subword_prefix(String::new())
+        .end_of_word_suffix("</w>".into())
+        .build()?;
+    let mut inner = tokenizers::Tokenizer::new(bpe);
+    let spaces = Replace::new(normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")?;
+    inner.with_normalizer(Some(normalizers::Sequence::new(vec![
+        NormalizerWrapper::NFC(NFC),
+        NormalizerWrapper::Replace(spaces),
+        NormalizerWrapper::Lowercase(Lowercase),
+    ])));
+    let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true)?;
+    inner.with_pre_tokenizer(Some(pre_tokenizers::sequence::Sequence::new(vec![
+        PreTokenizerWrapper::Split(words),
+        PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
+    ])));
+    inner.with_decoder(Some(ByteLevel::default()));
+    Ok(inner)
+}
