@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::models::text_encoder::{HiddenState, TextEncoder};
-use crate::tokenizer::Tokenizer;
 use crate::models::unet::UNetConfig;
+use crate::tokenizer::Tokenizer;
 use crate::{Error, ErrorKind};
 
 /// A tokenizer with its encoder.
@@ -47,7 +47,9 @@ impl TextConditioner {
         let wrong = |message: String| Err(Error::new(ErrorKind::Model, message));
         let lengths: Vec<usize> = self.parts.iter().map(|p| p.tokenizer.length()).collect();
         if lengths.iter().any(|&l| l != lengths[0]) {
-            return wrong(format!("the tokenizers disagree about the length of a prompt: {lengths:?} tokens"));
+            return wrong(format!(
+                "the tokenizers disagree about the length of a prompt: {lengths:?} tokens"
+            ));
         }
         if let Some(level) = unet.levels.iter().find(|l| l.context != self.width()) {
             return wrong(format!(

@@ -2,7 +2,7 @@
 //! `models/emoji/README.md`).
 
 /// What the embedded model is called.
-pub const NAME: &str = "emoji";
+pub(crate) const NAME: &str = "emoji";
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {

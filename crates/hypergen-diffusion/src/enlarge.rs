@@ -27,9 +27,12 @@ pub(crate) fn enlarge(rgb: Vec<u8>, from: Size, to: Size) -> Result<Vec<u8>, Err
     if from == to {
         return Ok(rgb);
     }
-    let failed = |e: &dyn std::fmt::Display| Error::new(ErrorKind::Internal, format!("cannot enlarge the picture: {e}"));
+    let failed = |e: &dyn std::fmt::Display| {
+        Error::new(ErrorKind::Internal, format!("cannot enlarge the picture: {e}"))
+    };
     let side = |s: usize| u32::try_from(s).map_err(|e| failed(&e));
-    let source = Image::from_vec_u8(side(from.width)?, side(from.height)?, rgb, PixelType::U8x3).map_err(|e| failed(&e))?;
+    let source = Image::from_vec_u8(side(from.width)?, side(from.height)?, rgb, PixelType::U8x3)
+        .map_err(|e| failed(&e))?;
     let mut target = Image::new(side(to.width)?, side(to.height)?, PixelType::U8x3);
     let options = ResizeOptions::new()
         .resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom))

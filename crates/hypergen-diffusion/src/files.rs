@@ -70,7 +70,11 @@ impl ModelFiles {
             Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(e)),
             Ok(m) if m.len() > MAX_TEXT => {
-                return Err(model_error(format!("{} has {} bytes; that is no configuration", path.display(), m.len())));
+                return Err(model_error(format!(
+                    "{} has {} bytes; that is no configuration",
+                    path.display(),
+                    m.len()
+                )));
             }
             Ok(_) => {}
         }

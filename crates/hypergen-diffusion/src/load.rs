@@ -130,8 +130,9 @@ pub fn load(
         ));
     }
     let scheduler = files.json("scheduler/scheduler_config.json")?;
-    let sampler = Sampler::new(None, &scheduler, 1)
-        .map_err(|e| Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json"))))?;
+    Sampler::new(None, &scheduler, 1).map_err(|e| {
+        Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
+    })?;
     let side = unet.config().sample_size.unwrap_or(64) * vae.config().factor();
     let native_size = Size::new(side, side)?;
     let embedded = matches!(files, ModelFiles::Embedded);
@@ -139,7 +140,7 @@ pub fn load(
         name: model.map_or_else(|| embedded::NAME.to_owned(), model_name),
         family: if embedded { "emoji (embedded)".into() } else { parts.family(&unet).into() },
         native_size,
-        sampler: sampler.name().to_owned(),
+        sampler: scheduler.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_owned(),
         device: device.name().into(),
         isa: device.isa().to_string(),
         dtype: dtype.name().into(),
@@ -187,9 +188,14 @@ impl Parts {
                 format!("{shown} says that this is a {class}; what can be loaded is {known}"),
             ));
         }
-        let mut text_encoders = vec![("tokenizer", "text_encoder", files.checkpoint("text_encoder", "model")?)];
+        let mut text_encoders =
+            vec![("tokenizer", "text_encoder", files.checkpoint("text_encoder", "model")?)];
         if xl {
-            text_encoders.push(("tokenizer_2", "text_encoder_2", files.checkpoint("text_encoder_2", "model")?));
+            text_encoders.push((
+                "tokenizer_2",
+                "text_encoder_2",
+                files.checkpoint("text_encoder_2", "model")?,
+            ));
         }
         Ok(Self {
             xl,
@@ -285,7 +291,11 @@ fn beside_text_encoder(tensor: &str) -> bool {
 
 /// A tensor that nothing has asked for shows that configuration and weights
 /// do not belong together, which would draw nonsense.
-fn nothing_left(loader: &Loader<'_>, checkpoint: &Checkpoint, known: impl Fn(&str) -> bool) -> Result<(), Error> {
+fn nothing_left(
+    loader: &Loader<'_>,
+    checkpoint: &Checkpoint,
+    known: impl Fn(&str) -> bool,
+) -> Result<(), Error> {
     let unused: Vec<String> = loader.unused().into_iter().filter(|t| !known(t)).collect();
     let Some(first) = unused.first() else { return Ok(()) };
     Err(Error::new(

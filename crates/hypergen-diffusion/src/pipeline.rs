@@ -9,7 +9,10 @@ use crate::enlarge::{canvas, enlarge};
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
 use crate::samplers::{self, Sampler};
-use crate::{Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range, Request, STEPS, Size, Stage};
+use crate::{
+    Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range, Request, STEPS, Size,
+    Stage,
+};
 
 /// A loaded model.
 pub struct Pipeline {
@@ -55,16 +58,24 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Generator::generate`].
-    pub fn latents(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Latents>, Error> {
+    pub fn latents(
+        &mut self,
+        requests: &[Request],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Latents>, Error> {
         let Some(first) = requests.first() else { return Ok(vec![]) };
         if let Some(other) = requests.iter().find(|r| !r.agrees_with(first)) {
-            return Err(Error::new(ErrorKind::Internal, format!("{first:?} and {other:?} cannot share a batch")));
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!("{first:?} and {other:?} cannot share a batch"),
+            ));
         }
         requests.iter().try_for_each(|r| self.check(r))?;
         let sampler = self.sampler(first)?;
         let size = self.drawn(first.size);
         let factor = self.vae.config().factor();
-        let shape = [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
+        let shape =
+            [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
 
         stop_if_unwanted(observer, requests.len())?;
         let started = Instant::now();
@@ -107,7 +118,9 @@ impl Pipeline {
         for r in requests {
             rows.push(self.text.encode(&r.prompt)?);
         }
-        let join = |part: fn(&Encoded) -> &Vec<f32>| rows.iter().flat_map(|e| part(e)).copied().collect::<Vec<f32>>();
+        let join = |part: fn(&Encoded) -> &Vec<f32>| {
+            rows.iter().flat_map(|e| part(e)).copied().collect::<Vec<f32>>()
+        };
         let (hidden, pooled) = (join(|e| &e.hidden), join(|e| &e.pooled));
         let shape = [rows.len(), self.text.tokens(), self.text.width()];
         let text = Tensor::from_f32(&self.device, shape, self.dtype, &hidden);
@@ -140,7 +153,9 @@ impl Pipeline {
             let Some(prompt) = prompt else { continue };
             if let Some(rest) = &self.text.encode(prompt)?.truncated {
                 let room = self.text.tokens() - 2;
-                warnings.push(format!("the {name} is longer than the {room} tokens that the model reads; ignored: {rest}"));
+                warnings.push(format!(
+                    "the {name} is longer than the {room} tokens that the model reads; ignored: {rest}"
+                ));
             }
         }
         Ok(warnings)
@@ -162,7 +177,10 @@ impl Generator for Pipeline {
             return Err(Error {
                 kind: ErrorKind::Request,
                 param: Some("size"),
-                message: format!("Invalid size: {}. This model needs sides divisible by {factor}", request.size),
+                message: format!(
+                    "Invalid size: {}. This model needs sides divisible by {factor}",
+                    request.size
+                ),
             });
         }
         self.sampler(request).map(|_| ())

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use serde_json::Value;
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{self, Lowercase, NFC, Replace};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -49,7 +49,9 @@ impl Tokenizer {
     /// does not have.
     pub fn load(files: &ModelFiles, folder: &str, positions: usize, vocab: usize) -> Result<Self, Error> {
         let at = |file: &str| format!("{folder}/{file}");
-        let wrong = |file: &str, why: String| Error::new(ErrorKind::Model, format!("{}: {why}", files.show(&at(file))));
+        let wrong = |file: &str, why: String| {
+            Error::new(ErrorKind::Model, format!("{}: {why}", files.show(&at(file))))
+        };
         let config = files.optional_json(&at("tokenizer_config.json"))?.unwrap_or_default();
         let map = files.optional_json(&at("special_tokens_map.json"))?.unwrap_or_default();
         let special = |field: &str, default: &str| {
@@ -60,7 +62,9 @@ impl Tokenizer {
         let pad = special("pad_token", &eos);
 
         let (mut inner, file) = match files.bytes(&at("tokenizer.json"))? {
-            Some(bytes) => (from_tokenizer_json(&bytes).map_err(|e| wrong("tokenizer.json", e))?, "tokenizer.json"),
+            Some(bytes) => {
+                (from_tokenizer_json(&bytes).map_err(|e| wrong("tokenizer.json", e))?, "tokenizer.json")
+            }
             None => {
                 let vocab = files.json(&at("vocab.json"))?;
                 let merges = files.required_bytes(&at("merges.txt"))?;
@@ -73,7 +77,9 @@ impl Tokenizer {
         inner.add_special_tokens(&[&bos, &eos, &pad].map(|t| AddedToken::from(t.as_str(), true)));
         let id = |token: &str| {
             let id = inner.token_to_id(token).filter(|&id| (id as usize) < vocab);
-            id.ok_or_else(|| wrong(file, format!("it has no token '{token}' among the text encoder's {vocab}")))
+            id.ok_or_else(|| {
+                wrong(file, format!("it has no token '{token}' among the text encoder's {vocab}"))
+            })
         };
         let (bos, eos, pad) = (id(&bos)?, id(&eos)?, id(&pad)?);
         if let Some((token, id)) = inner.get_vocab(true).into_iter().find(|(_, id)| *id as usize >= vocab) {
@@ -101,7 +107,9 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's files lead it into a token that it does not have.
     pub fn encode(&self, text: &str) -> Result<Tokens, Error> {
-        let failed = |e: tokenizers::Error| Error::new(ErrorKind::Internal, format!("cannot tokenize the prompt: {e}"));
+        let failed = |e: tokenizers::Error| {
+            Error::new(ErrorKind::Internal, format!("cannot tokenize the prompt: {e}"))
+        };
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         let words = encoding.get_ids();
         let room = self.length - 2;
@@ -113,7 +121,9 @@ impl Tokenizer {
         ids.resize(self.length, self.pad);
         let truncated = match rest {
             [] => None,
-            rest => Some(self.inner.decode(rest, false).map_err(failed)?.replace("</w>", " ").trim().to_owned()),
+            rest => {
+                Some(self.inner.decode(rest, false).map_err(failed)?.replace("</w>", " ").trim().to_owned())
+            }
         };
         Ok(Tokens { ids, truncated })
     }
@@ -133,8 +143,8 @@ fn from_tokenizer_json(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
 }
 
 fn from_merges(vocab: Value, merges: &str) -> Result<tokenizers::Tokenizer, String> {
-    let vocab: HashMap<String, u32> =
-        serde_json::from_value(vocab).map_err(|e| format!("vocab.json beside it does not map tokens to ids: {e}"))?;
+    let vocab: HashMap<String, u32> = serde_json::from_value(vocab)
+        .map_err(|e| format!("vocab.json beside it does not map tokens to ids: {e}"))?;
     if vocab.len() > MAX_VOCAB {
         return Err(format!("vocab.json beside it has {} entries", vocab.len()));
     }
@@ -143,7 +153,8 @@ fn from_merges(vocab: Value, merges: &str) -> Result<tokenizers::Tokenizer, Stri
         if line.trim().is_empty() || line.starts_with("#version") {
             continue;
         }
-        let (a, b) = line.split_once(' ').ok_or_else(|| format!("line {} is not a pair: '{line}'", number + 1))?;
+        let (a, b) =
+            line.split_once(' ').ok_or_else(|| format!("line {} is not a pair: '{line}'", number + 1))?;
         pairs.push((a.to_owned(), b.trim_end().to_owned()));
     }
     build(vocab, pairs).map_err(|e| e.to_string())
@@ -155,7 +166,7 @@ fn build(
     merges: Vec<(String, String)>,
 ) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
     let bpe = BPE::builder()
-        .vocab_and_merges(vocab, merges)
+        .vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges)
         .unk_token(EOS.into())
         .continuing_subword_prefix(String::new())
         .end_of_word_suffix("</w>".into())
