@@ -6,6 +6,8 @@
 //! many threads drew it. There is no network server, no command line and no
 //! instruction set in this crate.
 
+#![forbid(unsafe_code)]
+
 mod conditioning;
 mod embedded;
 mod enlarge;

@@ -1,3 +1,5 @@
 //! The HTTP server.
 
+#![forbid(unsafe_code)]
+
 pub mod encode;
