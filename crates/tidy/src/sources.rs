@@ -76,32 +76,47 @@ fn unsafety(path: &str, text: &str, code: &str) -> Vec<Finding> {
     }
     let text: Vec<&str> = text.lines().collect();
     let code: Vec<&str> = code.lines().collect();
+    let exempt = exempt(&text, &code);
     for (index, line) in code.iter().enumerate() {
         // Attributes name the word too: `unsafe_code`, `unsafe(no_mangle)`.
-        if !has_word(line, "unsafe") || line.trim_start().starts_with("#") {
+        if !has_word(line, "unsafe") || line.trim_start().starts_with('#') {
             continue;
         }
         if !allowed {
-            findings.push(Finding::line(
-                path,
-                index,
-                "`unsafe` may stand only in the crates of kernels and tensors",
-            ));
-        } else if !line.contains("unsafe fn(") && !is_explained(&text, &code, index) {
-            findings.push(Finding::line(
-                path,
-                index,
-                "`unsafe` without a `// SAFETY:` note (`# Safety` for a function)",
-            ));
+            let message = "`unsafe` may stand only in the crates of kernels and tensors";
+            findings.push(Finding::line(path, index, message));
+        } else if acts(line) && !exempt.contains(&index) && !is_explained(&text, &code, index) {
+            findings.push(Finding::line(path, index, "`unsafe` without a `// SAFETY:` note"));
         }
     }
     findings
 }
 
+/// Whether the line's `unsafe` claims that something is sound, and does not
+/// only pass the duty on, as an `unsafe fn` does. (Of public ones clippy wants
+/// a `# Safety` section; those of a trait share the trait's.)
+fn acts(line: &str) -> bool {
+    !["unsafe fn", "unsafe extern"].iter().any(|passes| line.contains(passes)) || line.contains("unsafe {")
+}
+
+/// Lines of items that state one reason for all their blocks, in the attribute
+/// that tells clippy: a table of intrinsics, say, under one contract.
+fn exempt(text: &[&str], code: &[&str]) -> Vec<usize> {
+    let mut lines = Vec::new();
+    for (start, line) in text.iter().enumerate() {
+        if !line.contains("#[allow(clippy::undocumented_unsafe_blocks, reason = \"") {
+            continue;
+        }
+        let end = format!("{}}}", " ".repeat(line.len() - line.trim_start().len()));
+        lines.extend((start..code.len()).take_while(|&i| i == start || code[i - 1].trim_end() != end));
+    }
+    lines
+}
+
 /// Whether a note of safety stands on the line, or in the comments above the
 /// statement or declaration that it belongs to.
 fn is_explained(text: &[&str], code: &[&str], index: usize) -> bool {
-    let is_note = |line: &str| line.contains("SAFETY:") || line.contains("# Safety");
+    let is_note = |line: &str| line.contains("SAFETY:");
     if is_note(text[index]) {
         return true;
     }
@@ -185,7 +200,8 @@ mod tests {
         for explained in [
             "// SAFETY: it is.\nunsafe { f() }",
             "// SAFETY: it is,\n// and here is why.\nlet x =\n    unsafe { f() };",
-            "/// Does.\n///\n/// # Safety\n/// Only after.\n#[target_feature(enable = \"avx2\")]\npub unsafe fn f() {",
+            "/// # Safety\n/// Only after.\npub unsafe fn f() {",
+            "#[allow(clippy::undocumented_unsafe_blocks, reason = \"one for all\")]\nimpl A for B {\n    unsafe { f() }\n}",
             "unsafe { f() } // SAFETY: it is.",
             "// SAFETY: it is.\nunsafe impl Send for X {}",
             "type F = unsafe fn(u8);",
@@ -199,7 +215,9 @@ mod tests {
             "// It is fine.\nunsafe { f() }",
             "// SAFETY: of another.\nlet y = 1;\nunsafe { f() }",
             "// SAFETY: of another.\n\nunsafe { f() }",
-            "pub unsafe fn f() {",
+            "unsafe fn f() { unsafe { g() } }",
+            "#[allow(clippy::undocumented_unsafe_blocks)]\nimpl A for B {\n    unsafe { f() }\n}",
+            "#[allow(clippy::undocumented_unsafe_blocks, reason = \"one\")]\nimpl A for B {\n}\nunsafe { f() }",
             "unsafe impl Send for X {}",
             "let s = \"SAFETY:\"; let t = 1;\nunsafe { f() }",
         ] {
