@@ -1,6 +1,24 @@
-//! Multi-head attention with a running softmax.
+//! Multi-head attention with a running softmax: scores live in blocks that
+//! stay in the cache and are never written out whole (Dao et al. 2022; the
+//! running softmax is Milakov and Gimelshein's, 2018). This file holds the
+//! contract and the choice of kernel; the kernels are beside it:
+//!
+//! * [`vector`]: float32 products, any instruction set;
+//! * [`pairs`]: bfloat16 dot products of AVX-512;
+//! * [`amx`]: bfloat16 tiles.
+//!
+//! All compute the transposed problem, keys by queries: a lane of a vector is
+//! a query, so maxima, sums and factors of the softmax need no work across
+//! lanes, and no query can see what its neighbours are.
 
-use crate::{Cpu, Element};
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+mod vector;
+
+use half::bf16;
+
+use crate::split::Shared;
+use crate::{Cpu, Element, ElementKind};
 
 /// Where queries, keys or values of all heads lie: element `d` of head `h` of
 /// token `t` of picture `b` is `data[(b * len + t) * row_stride + offset + h * head_dim + d]`.
@@ -13,6 +31,41 @@ pub struct Heads<'a, T> {
     pub row_stride: usize,
     /// Column at which head 0 begins.
     pub offset: usize,
+}
+
+impl<'a, T: Element> Heads<'a, T> {
+    /// One token of one head.
+    #[inline(always)]
+    fn token(&self, s: &AttentionShape, token: usize, head: usize) -> &'a [T] {
+        &self.data[token * self.row_stride + self.offset + head * s.head_dim..][..s.head_dim]
+    }
+
+    fn check(&self, s: &AttentionShape, what: &str, len: usize) {
+        let tokens = s.batch * len;
+        if tokens * s.heads * s.head_dim == 0 {
+            return;
+        }
+        let columns = self.offset + s.heads * s.head_dim;
+        let needed = (tokens - 1) * self.row_stride + columns;
+        assert!(
+            columns <= self.row_stride && needed <= self.data.len(),
+            "attention: {what} of {} elements with rows of {} do not hold columns {}..{columns} of {tokens} tokens",
+            self.data.len(),
+            self.row_stride,
+            self.offset,
+        );
+    }
+
+    /// The same, if the elements are bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    fn as_bf16(&self) -> Option<Heads<'a, bf16>> {
+        if T::KIND != ElementKind::Bf16 {
+            return None;
+        }
+        // SAFETY: the kind says that `T` is bf16.
+        let data = unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.data.len()) };
+        Some(Heads { data, row_stride: self.row_stride, offset: self.offset })
+    }
 }
 
 /// Sizes of an attention.
@@ -34,7 +87,15 @@ pub struct AttentionShape {
     pub causal: bool,
 }
 
-/// `out[batch, q_len, heads * head_dim] = softmax(scale * q k^T) v`.
+impl AttentionShape {
+    /// Keys that any of the queries up to `last` sees.
+    fn visible(&self, last: usize) -> usize {
+        if self.causal { self.kv_len.min(last + 1) } else { self.kv_len }
+    }
+}
+
+/// `out[batch, q_len, heads * head_dim] = softmax(scale * q k^T) v`. Without
+/// any keys the result is zeros.
 ///
 /// # Panics
 /// When a slice's length does not fit the shape.
@@ -46,33 +107,45 @@ pub fn attention<T: Element>(
     v: Heads<'_, T>,
     out: &mut [T],
 ) {
-    let _ = cpu;
     let s = shape;
-    let at = |x: &Heads<'_, T>, len: usize, b: usize, t: usize, h: usize, d: usize| {
-        x.data[(b * len + t) * x.row_stride + x.offset + h * s.head_dim + d].to_f32()
-    };
-    for b in 0..s.batch {
-        for h in 0..s.heads {
-            for i in 0..s.q_len {
-                let visible = if s.causal { i + 1 } else { s.kv_len };
-                let mut p: Vec<f32> = (0..visible)
-                    .map(|j| {
-                        s.scale
-                            * (0..s.head_dim)
-                                .map(|d| at(&q, s.q_len, b, i, h, d) * at(&k, s.kv_len, b, j, h, d))
-                                .sum::<f32>()
-                    })
-                    .collect();
-                let max = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                p.iter_mut().for_each(|p| *p = (*p - max).exp());
-                let sum: f32 = p.iter().sum();
-                for d in 0..s.head_dim {
-                    let value =
-                        p.iter().enumerate().map(|(j, p)| p * at(&v, s.kv_len, b, j, h, d)).sum::<f32>()
-                            / sum;
-                    out[((b * s.q_len + i) * s.heads + h) * s.head_dim + d] = T::from_f32(value);
-                }
-            }
+    q.check(s, "queries", s.q_len);
+    k.check(s, "keys", s.kv_len);
+    v.check(s, "values", s.kv_len);
+    assert_eq!(out.len(), s.batch * s.q_len * s.heads * s.head_dim, "attention: the output is not {s:?}");
+    if out.is_empty() {
+        return;
+    }
+    if s.kv_len == 0 {
+        out.fill(T::default());
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(q), Some(k), Some(v)) = (q.as_bf16(), k.as_bf16(), v.as_bf16()) {
+        // SAFETY: all element types are the same, and that one is bf16.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<bf16>(), out.len()) };
+        if cpu.isa() >= crate::Isa::Avx512Bf16 {
+            return pairs::attention(cpu, s, q, k, v, out);
         }
     }
+    vector::attention(cpu, s, q, k, v, out);
 }
+
+#[allow(clippy::mut_from_ref, reason = "the contract is what the lint asks about")]
+/// The part of the output that belongs to one query of one head.
+///
+/// # Safety
+/// No two parts that are alive at the same time may be the same.
+unsafe fn output<'a, T>(
+    out: &'a Shared<'_, T>,
+    s: &AttentionShape,
+    b: usize,
+    i: usize,
+    h: usize,
+) -> &'a mut [T] {
+    let start = ((b * s.q_len + i) * s.heads + h) * s.head_dim;
+    // SAFETY: parts of different queries or heads do not overlap.
+    unsafe { out.part(start, s.head_dim) }
+}
+
+#[cfg(test)]
+mod tests;

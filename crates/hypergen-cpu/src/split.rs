@@ -30,7 +30,7 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Panics
     /// When the part does not lie inside the slice.
-    #[allow(clippy::mut_from_ref)] // The contract is exactly what the lint asks about.
+    #[allow(clippy::mut_from_ref, reason = "the contract is what the lint asks about")]
     pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "a part outside its slice");
         // SAFETY: inside the slice as just checked; alone by the contract.
