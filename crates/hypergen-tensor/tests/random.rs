@@ -8,10 +8,14 @@ fn floats(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
-/// A few units in the last place of float32: torch's vector code is that far
-/// from the true functions.
-fn close(ours: f32, theirs: f64) -> bool {
-    (f64::from(ours) - theirs).abs() <= 1e-6 * theirs.abs().max(0.05)
+/// Large draws equal torch's to the bit. Small ones go through the float64
+/// functions of the platform, of which only float32's precision is asked.
+fn close(n: usize, ours: f32, theirs: f64) -> bool {
+    if n < 16 {
+        (f64::from(ours) - theirs).abs() <= 1e-6 * theirs.abs().max(0.05)
+    } else {
+        ours == theirs as f32
+    }
 }
 
 #[test]
@@ -30,17 +34,17 @@ fn equals_torch() {
 
             let head = floats(&draw["head"]);
             for (i, (&ours, &theirs)) in x.iter().zip(&head).enumerate() {
-                assert!(close(ours, theirs), "{context}, number {i}: {ours} for {theirs}");
+                assert!(close(n, ours, theirs), "{context}, number {i}: {ours} for {theirs}");
             }
             let tail = floats(&draw["tail"]);
             for (i, (&ours, &theirs)) in x.iter().rev().zip(tail.iter().rev()).enumerate() {
-                assert!(close(ours, theirs), "{context}, number {i} from the end: {ours} for {theirs}");
+                assert!(close(n, ours, theirs), "{context}, number {i} from the end: {ours} for {theirs}");
             }
 
             // The sums catch any number between head and tail that is off.
             let sum: f64 = x.iter().map(|&v| f64::from(v)).sum();
             let square_sum: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
-            let slack = 1e-6 * n as f64;
+            let slack = 1e-9 * n as f64 + 1e-6;
             assert!((sum - draw["sum"].as_f64().unwrap()).abs() < slack, "{context}: sum {sum}");
             assert!(
                 (square_sum - draw["square_sum"].as_f64().unwrap()).abs() < slack,
