@@ -53,3 +53,10 @@ impl Element for bf16 {
         bf16::from_f32(value)
     }
 }
+
+/// The same values by their own name, where `T` is bfloat16.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn as_bf16<T: Element>(x: &[T]) -> Option<&[bf16]> {
+    // SAFETY: the trait is sealed and this kind belongs to one type alone.
+    (T::KIND == ElementKind::Bf16).then(|| unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) })
+}

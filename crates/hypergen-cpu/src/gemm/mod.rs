@@ -3,6 +3,8 @@
 //! files named after them; nothing here knows how A came to be.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -10,6 +12,8 @@ mod blocks;
 mod epilogue;
 mod packed;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
 mod vector;
 
 pub use packed::PackedMatrix;
@@ -17,8 +21,12 @@ pub use packed::PackedMatrix;
 pub(crate) use blocks::copy_run;
 pub(crate) use epilogue::{Finish, Output};
 
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use crate::element::as_bf16;
 use crate::simd::Simd;
-use crate::{Cpu, Element};
+use crate::{Cpu, Element, ElementKind, Isa};
 
 /// A function applied to each output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -78,6 +86,11 @@ pub(crate) trait Rows<T: Element>: Sync {
     /// The machine has the set of `S`; the row exists and has these values;
     /// `len` elements are writable.
     unsafe fn copy<S: Simd, E: Element>(&self, row: usize, k0: usize, len: usize, to: *mut E);
+
+    /// `output = self * w^T` on AMX tiles, which the machine has; only called
+    /// where `T` is bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_on_tiles(&self, cpu: &Cpu, w: &PackedMatrix<bf16>, output: &Output<'_, bf16>);
 }
 
 /// A matrix `[m, k]`.
@@ -97,10 +110,30 @@ impl<T: Element> Rows<T> for Matrix<'_, T> {
         // SAFETY: the caller's contract; `data` is `[m, k]`.
         unsafe { copy_run::<S, T, E>(self.data.as_ptr().add(row * self.k + k0), len, to) }
     }
+
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_on_tiles(&self, cpu: &Cpu, w: &PackedMatrix<bf16>, output: &Output<'_, bf16>) {
+        let data = as_bf16(self.data).expect("tiles are for bfloat16");
+        match tiles::Direct::new(data, self.m, self.k) {
+            Some(direct) => tiles::multiply(cpu, &direct, w, output),
+            None => tiles::multiply_rows(cpu, &Matrix { data, m: self.m, k: self.k }, w, output),
+        }
+    }
 }
 
 /// `output = a * w^T`, by whatever the processor has.
 pub(crate) fn multiply<T: Element>(cpu: &Cpu, a: &impl Rows<T>, w: &PackedMatrix<T>, output: &Output<'_, T>) {
+    #[cfg(target_arch = "x86_64")]
+    if T::KIND == ElementKind::Bf16 && cpu.isa() == Isa::AmxBf16 {
+        // SAFETY: only bfloat16 is of this kind, so the types are the same.
+        let (w, output) = unsafe {
+            (
+                &*std::ptr::from_ref(w).cast::<PackedMatrix<bf16>>(),
+                &*std::ptr::from_ref(output).cast::<Output<'_, bf16>>(),
+            )
+        };
+        return a.multiply_on_tiles(cpu, w, output);
+    }
     blocks::multiply(cpu, a, w, output);
 }
 

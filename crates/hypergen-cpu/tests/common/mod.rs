@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use hypergen_cpu::{
-    Activation, Cpu, CpuConfig, Element, ElementKind, Epilogue, GroupBias, Isa, PackedMatrix,
+    Activation, AlignedVec, Cpu, CpuConfig, Element, ElementKind, Epilogue, GroupBias, Isa, PackedMatrix,
 };
 
 /// A processor with this set and number of threads.
@@ -30,6 +30,25 @@ impl Numbers {
     /// `len` of them.
     pub(crate) fn take<T: Element>(&mut self, len: usize) -> Vec<T> {
         (0..len).map(|_| T::from_f32(self.next())).collect()
+    }
+}
+
+/// Values at the start of a cache line, or just beside it.
+pub(crate) struct Placed<T: Element> {
+    data: AlignedVec<T>,
+    skip: usize,
+}
+
+impl<T: Element> Placed<T> {
+    pub(crate) fn new(values: &[T], aligned: bool) -> Self {
+        let skip = if aligned { 0 } else { 1 };
+        let mut data = AlignedVec::zeroed(values.len() + skip);
+        data.as_mut_slice()[skip..].copy_from_slice(values);
+        Self { data, skip }
+    }
+
+    pub(crate) fn get(&self) -> &[T] {
+        &self.data.as_slice()[self.skip..]
     }
 }
 

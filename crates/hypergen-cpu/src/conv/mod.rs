@@ -2,7 +2,16 @@
 //! the left operand are windows of the picture, read where they lie. No
 //! unfolded copy of the picture is ever made.
 
-use crate::gemm::{Epilogue, Finish, Output, PackedMatrix, Rows, copy_run, multiply};
+#[cfg(target_arch = "x86_64")]
+mod strips;
+
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use crate::element::as_bf16;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::tiles;
+use crate::gemm::{Epilogue, Finish, Output, PackedMatrix, Rows, copy_run, linear, multiply};
 use crate::simd::Simd;
 use crate::{Cpu, Element};
 
@@ -96,6 +105,15 @@ impl<T: Element> Rows<T> for Windows<'_, T> {
             c = 0;
         }
     }
+
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_on_tiles(&self, cpu: &Cpu, w: &PackedMatrix<bf16>, output: &Output<'_, bf16>) {
+        let x = as_bf16(self.x).expect("tiles are for bfloat16");
+        match strips::Strips::new(x, self.shape) {
+            Some(strips) => tiles::multiply(cpu, &strips, w, output),
+            None => tiles::multiply_rows(cpu, &Windows { x, shape: self.shape }, w, output),
+        }
+    }
 }
 
 /// `out[b, out_h, out_w, n] = epilogue(conv(x[b, in_h, in_w, in_c], w))`, where
@@ -116,6 +134,10 @@ pub fn conv2d<T: Element>(
     assert_eq!(x.len(), s.batch * s.in_h * s.in_w * s.in_c, "conv2d: the input does not fit its shape");
     assert_eq!(w.k(), s.kernel_h * s.kernel_w * s.in_c, "conv2d: the weight does not fit the window");
     assert!(!w.is_geglu(), "conv2d: the weight is packed for geglu");
+    let pointwise = (s.kernel_h, s.kernel_w, s.stride, s.pad_top, s.pad_left) == (1, 1, 1, 0, 0);
+    if pointwise && (s.in_h, s.in_w) == (s.out_h, s.out_w) && (s.in_h, s.in_w) == (s.up_h, s.up_w) {
+        return linear(cpu, x, w, epilogue, out);
+    }
     assert!(s.stride > 0, "conv2d: a stride of zero");
     let reads = s.up_h > 0 && s.up_w > 0 && x.is_empty() && w.k() > 0;
     assert!(!reads || s.batch == 0, "conv2d: an empty picture cannot be enlarged");

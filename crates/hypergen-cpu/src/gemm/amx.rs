@@ -1,0 +1,194 @@
+//! The microkernel on AMX tiles: 32 rows times 32 columns of float32
+//! accumulators from tiles of bfloat16, four tiles wide because the eight
+//! registers then balance: four loads feed four products. It knows operands
+//! in memory only; cutting, packing and epilogues are in `tiles`.
+
+use std::arch::asm;
+use std::marker::PhantomData;
+
+use half::bf16;
+
+use super::packed::PANEL;
+
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+
+/// Holds this thread's tile configuration; when dropped, the tiles go back to
+/// their initial state, so that the system need not save them.
+pub(crate) struct Tiles {
+    /// The configuration is the thread's.
+    not_send: PhantomData<*const ()>,
+}
+
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes_per_row: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Tiles {
+    /// Configures all eight tiles as 16 rows of 64 bytes.
+    ///
+    /// # Safety
+    /// The machine has AMX and the process may use it ([`crate::Isa::AmxBf16`]
+    /// is supported), and this thread holds no other [`Tiles`].
+    pub(crate) unsafe fn configure() -> Self {
+        let mut config =
+            Config { palette: 1, start_row: 0, reserved: [0; 14], bytes_per_row: [0; 16], rows: [0; 16] };
+        config.bytes_per_row[..8].fill(64);
+        config.rows[..8].fill(TILE_ROWS as u8);
+        // SAFETY: the caller's contract; the configuration is valid.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
+        Self { not_send: PhantomData }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: a `Tiles` exists only where AMX does.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// A stretch of consecutive `k` in both operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Bytes from a tile's base to this stretch's first value in its first row.
+    pub(crate) a: usize,
+    /// Bytes from a panel's start to this stretch.
+    pub(crate) b: usize,
+    /// Length in steps of 32 values; not zero.
+    pub(crate) steps: usize,
+}
+
+/// Operands of one call.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    /// The first row of each of the two tiles of rows; where there is only
+    /// one, the second is not read.
+    pub(super) a: [*const bf16; 2],
+    /// Bytes from a row to the next.
+    pub(super) stride: usize,
+    /// The panel.
+    pub(super) b: *const bf16,
+    /// What is multiplied, in order.
+    pub(super) runs: &'a [Run],
+    /// Accumulators, `[32][32]`.
+    pub(super) c: *mut f32,
+    /// Whether the accumulators start from zero.
+    pub(super) first: bool,
+}
+
+/// Bytes from one row of accumulators to the next.
+const C_STRIDE: usize = PANEL * 4;
+
+/// Adds the product of two tiles of rows and a panel.
+///
+/// # Safety
+/// This thread holds [`Tiles`]; all that the runs name is readable, and the
+/// accumulators are writable.
+#[inline(always)]
+pub(super) unsafe fn multiply_pair(o: &Operands<'_>) {
+    let low = o.c.wrapping_add(TILE_ROWS * PANEL);
+    // SAFETY: the caller's contract. Tile registers keep their contents from
+    // one `asm!` to the next because compiled code never uses them.
+    unsafe {
+        if o.first {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        } else {
+            asm!(
+                "tileloadd tmm0, [{c} + {s}]",
+                "tileloadd tmm1, [{c} + {s} + 64]",
+                "tileloadd tmm2, [{low} + {s}]",
+                "tileloadd tmm3, [{low} + {s} + 64]",
+                c = in(reg) o.c, low = in(reg) low, s = in(reg) C_STRIDE,
+                options(nostack, readonly)
+            );
+        }
+        for run in o.runs {
+            // Weights are loaded past the first-level cache, which then keeps
+            // the rows of A for the next panel.
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a0} + {stride}]",
+                "tileloaddt1 tmm6, [{b} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloaddt1 tmm7, [{b} + {line} + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {stride}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, 64",
+                "add {a1}, 64",
+                "add {b}, 2048",
+                "dec {n}",
+                "jnz 2b",
+                a0 = inout(reg) o.a[0].byte_add(run.a) => _,
+                a1 = inout(reg) o.a[1].byte_add(run.a) => _,
+                b = inout(reg) o.b.byte_add(run.b) => _,
+                n = inout(reg) run.steps => _,
+                stride = in(reg) o.stride,
+                line = in(reg) 64_usize,
+                options(nostack, readonly)
+            );
+        }
+        asm!(
+            "tilestored [{c} + {s}], tmm0",
+            "tilestored [{c} + {s} + 64], tmm1",
+            "tilestored [{low} + {s}], tmm2",
+            "tilestored [{low} + {s} + 64], tmm3",
+            c = in(reg) o.c, low = in(reg) low, s = in(reg) C_STRIDE,
+            options(nostack)
+        );
+    }
+}
+
+/// Adds the product of one tile of rows and a panel.
+///
+/// # Safety
+/// As for [`multiply_pair`].
+#[inline(always)]
+pub(super) unsafe fn multiply_single(o: &Operands<'_>) {
+    // SAFETY: as in `multiply_pair`.
+    unsafe {
+        if o.first {
+            asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+        } else {
+            asm!(
+                "tileloadd tmm0, [{c} + {s}]",
+                "tileloadd tmm1, [{c} + {s} + 64]",
+                c = in(reg) o.c, s = in(reg) C_STRIDE,
+                options(nostack, readonly)
+            );
+        }
+        for run in o.runs {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a} + {stride}]",
+                "tileloaddt1 tmm6, [{b} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloaddt1 tmm7, [{b} + {line} + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a}, 64",
+                "add {b}, 2048",
+                "dec {n}",
+                "jnz 2b",
+                a = inout(reg) o.a[0].byte_add(run.a) => _,
+                b = inout(reg) o.b.byte_add(run.b) => _,
+                n = inout(reg) run.steps => _,
+                stride = in(reg) o.stride,
+                line = in(reg) 64_usize,
+                options(nostack, readonly)
+            );
+        }
+        asm!(
+            "tilestored [{c} + {s}], tmm0",
+            "tilestored [{c} + {s} + 64], tmm1",
+            c = in(reg) o.c, s = in(reg) C_STRIDE,
+            options(nostack)
+        );
+    }
+}
