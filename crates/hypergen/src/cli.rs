@@ -9,6 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
+use hypergen_server::ServeConfig;
 
 /// Draws pictures from text with diffusion models.
 #[derive(Debug, Parser)]
@@ -24,6 +25,9 @@ pub(crate) enum Command {
     /// Draw pictures and write them to files.
     #[command(after_help = GENERATE_EXAMPLES)]
     Generate(GenerateArgs),
+    /// Serve OpenAI's image API from a model.
+    #[command(after_help = SERVE_EXAMPLES, mut_args(|arg| arg.hide_env_values(true)))]
+    Serve(Box<ServeConfig>),
     /// List the samplers that --sampler takes.
     Samplers,
     /// Print a script that completes hypergen's commands in a shell.
@@ -123,7 +127,17 @@ const EXAMPLES: &str = "\
 Examples:
   hypergen generate \"red apple\"                  draw one picture with the model inside this program
   hypergen generate \"red apple\" -o apple.png     choose the file's name
-  hypergen generate --help                       every setting";
+  hypergen generate --help                       every setting
+  hypergen serve                                 serve OpenAI's image API on this machine";
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  hypergen serve
+      serves the model inside this program at http://127.0.0.1:8000/v1; its API is shown at /docs
+  HYPERGEN_API_KEY=sk-mine hypergen serve ./stable-diffusion-v1-5 --host 0.0.0.0
+      serves a model of your own to everybody who has the key
+  hypergen serve --config /etc/hypergen.toml
+      takes the settings from a file: the names are those of the flags, such as max-queue-size = 20";
 
 const GENERATE_EXAMPLES: &str = "\
 Examples:

@@ -13,6 +13,7 @@ mod generate;
 mod interrupt;
 mod output;
 mod progress;
+mod serve;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = Console::real(|console| match cli.command {
         Command::Generate(args) => generate::run(&args, console),
+        Command::Serve(config) => serve::run(*config),
         Command::Samplers => console.print(&samplers()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -1,0 +1,12 @@
+//! The API's data: what a request may hold, what an answer holds, and how
+//! errors look. Nothing here knows about sockets, queues or threads.
+
+mod error;
+mod fields;
+mod parameters;
+mod response;
+
+pub use error::{ApiError, ErrorBody, ErrorDetail};
+pub use fields::{Fields, Whole};
+pub use parameters::{ImageRequest, Parameters, ResponseForm};
+pub use response::{Health, ImageData, ImageResponse, Model, ModelList};

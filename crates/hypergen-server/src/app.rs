@@ -1,0 +1,238 @@
+//! The application: a model and settings made into routes. It has no socket,
+//! so tests call it directly; [`crate::Server`] puts it behind one.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bytes::Bytes;
+use hypergen_diffusion::{Generator, ModelInfo};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
+
+use crate::api::{ApiError, Parameters};
+use crate::auth::{self, ApiKey};
+use crate::body::{self, BodyLimits};
+use crate::config::ServeConfig;
+use crate::engine::Engine;
+use crate::error::ServeError;
+use crate::metrics::Metrics;
+use crate::routes::{docs, generations, health, images, metrics, models};
+use crate::store::ImageStore;
+use crate::{openapi, trace};
+
+/// What all the handlers share.
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) store: ImageStore,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) parameters: Parameters,
+    pub(crate) model: ModelInfo,
+    /// The model's name as the API has it: without the folders of a path.
+    pub(crate) model_id: String,
+    /// Where the server listens.
+    pub(crate) address: SocketAddr,
+    pub(crate) public_url: Option<String>,
+    pub(crate) body_limits: BodyLimits,
+    pub(crate) metadata: bool,
+    pub(crate) log_prompts: bool,
+    pub(crate) keys: Vec<ApiKey>,
+    /// When the model was loaded, in seconds since 1970.
+    pub(crate) started: u64,
+    pub(crate) openapi: Bytes,
+    pub(crate) connections: AtomicUsize,
+}
+
+/// A model behind the API's routes.
+#[derive(Clone)]
+pub struct App {
+    pub(crate) shared: Arc<Shared>,
+    router: Router,
+}
+
+impl App {
+    /// Starts the engine on `generator` and builds the routes. `address` is
+    /// where they will be reached.
+    ///
+    /// # Errors
+    /// When the settings do not fit the model, or the picture store cannot be made.
+    pub fn new(
+        config: &ServeConfig,
+        generator: Box<dyn Generator>,
+        address: SocketAddr,
+    ) -> Result<Self, ServeError> {
+        config.check().map_err(ServeError::Config)?;
+        let model = generator.info();
+        let parameters = Parameters::new(&model, config.default_steps, config.default_guidance);
+        if parameters.default_guidance() < parameters.min_guidance() {
+            return Err(ServeError::Config(format!(
+                "--default-guidance {} is too small for {}: it takes {} or more",
+                parameters.default_guidance(),
+                model.name,
+                parameters.min_guidance()
+            )));
+        }
+        let store =
+            ImageStore::open(config.image_dir.as_deref(), config.image_ttl.0, config.image_store_size.0)
+                .map_err(|source| ServeError::ImageDir {
+                    folder: config.image_dir.clone().unwrap_or_else(std::env::temp_dir),
+                    source,
+                })?;
+        let metrics = Arc::new(Metrics::new(&model));
+        let engine =
+            Engine::start(generator, config.max_queue_size, config.max_batch_size, Arc::clone(&metrics))
+                .map_err(ServeError::Thread)?;
+        let shared = Arc::new(Shared {
+            engine,
+            store,
+            metrics,
+            model_id: model_id(&model.name),
+            address,
+            public_url: config.public_url.clone(),
+            body_limits: BodyLimits {
+                size: usize::try_from(config.max_body_size.0).unwrap_or(usize::MAX),
+                time: config.read_timeout.0,
+            },
+            metadata: !config.no_metadata,
+            log_prompts: config.log_prompts,
+            keys: config.api_keys.clone(),
+            started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            openapi: openapi::document(&parameters, !config.api_keys.is_empty()).into(),
+            connections: AtomicUsize::new(0),
+            parameters,
+            model,
+        });
+        let router = router(Arc::clone(&shared), &config.cors_origins);
+        Ok(Self { shared, router })
+    }
+
+    /// The routes, as a service.
+    pub fn router(&self) -> Router {
+        self.router.clone()
+    }
+
+    /// Refuses new generations and answers those that wait with 503; those
+    /// that have begun go on.
+    pub fn drain(&self) {
+        self.shared.engine.drain();
+    }
+
+    /// Answers those that have begun with 503 too, and stops them at their next step.
+    pub fn stop(&self) {
+        self.shared.engine.stop();
+    }
+
+    /// Returns once no generation waits or runs.
+    pub async fn idle(&self) {
+        self.shared.engine.idle().await;
+    }
+}
+
+fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
+    let keyed = Router::new()
+        .route("/v1/images/generations", post(generations::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
+        .route("/metrics", get(metrics::metrics))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&shared), require_key));
+    let open = Router::new()
+        .route("/health", get(health::health))
+        .route("/images/{name}", get(images::get))
+        .route("/openapi.json", get(docs::openapi))
+        .route("/docs", get(docs::page))
+        .route("/docs/docs.js", get(docs::script))
+        .route("/docs/docs.css", get(docs::style));
+    let mut router = keyed
+        .merge(open)
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(Arc::clone(&shared))
+        .layer(CatchPanicLayer::custom(panicked));
+    if !cors_origins.is_empty() {
+        router = router.layer(cors(cors_origins));
+    }
+    router.layer(middleware::from_fn_with_state(shared, trace::trace))
+}
+
+async fn require_key(State(app): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    if auth::allowed(&app.keys, request.headers()) {
+        return next.run(request).await;
+    }
+    refuse(&app, request, ApiError::unauthorized()).await
+}
+
+async fn not_found(State(app): State<Arc<Shared>>, request: Request) -> Response {
+    let error = ApiError::not_found("Nothing is here: /docs lists what there is");
+    refuse(&app, request, error).await
+}
+
+async fn method_not_allowed(State(app): State<Arc<Shared>>, request: Request) -> Response {
+    let error = ApiError::method_not_allowed(request.method().as_str(), request.uri().path());
+    refuse(&app, request, error).await
+}
+
+/// Answers a request whose body nobody will read.
+async fn refuse(app: &Shared, request: Request, error: ApiError) -> Response {
+    let (parts, body) = request.into_parts();
+    body::discard(&parts.headers, body, app.body_limits).await;
+    error.into_response()
+}
+
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
+    tracing::error!("a handler panicked; the server goes on");
+    ApiError::internal("the server failed unexpectedly; its log says more").into_response()
+}
+
+/// Lets pages of these origins use the API. Which headers they send is not
+/// restricted: OpenAI's own client sends a handful of its own.
+fn cors(origins: &[String]) -> CorsLayer {
+    let origin = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        false => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+    };
+    CorsLayer::new()
+        .allow_origin(origin)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(ExposeHeaders::list([
+            trace::REQUEST_ID,
+            generations::WARNING,
+            header::RETRY_AFTER,
+            HeaderName::from_static("etag"),
+        ]))
+}
+
+/// A hub's name as it is; of a path only the last part, which tells nobody
+/// where files are kept.
+fn model_id(name: &str) -> String {
+    let is_path =
+        name.starts_with(['/', '.', '~', '\\']) || name.contains('\\') || name.matches('/').count() > 1;
+    let trimmed = name.trim_end_matches(['/', '\\']);
+    let last = trimmed.rsplit(['/', '\\']).next().filter(|last| !last.is_empty());
+    match last {
+        Some(last) if is_path => last.to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_do_not_show_in_names() {
+        assert_eq!(model_id("emoji"), "emoji");
+        assert_eq!(model_id("stabilityai/sdxl-turbo"), "stabilityai/sdxl-turbo");
+        assert_eq!(model_id("/srv/models/sd15/"), "sd15");
+        assert_eq!(model_id("./sd15.safetensors"), "sd15.safetensors");
+        assert_eq!(model_id("models/a/b"), "b");
+        assert_eq!(model_id(r"C:\models\sd15"), "sd15");
+    }
+}
