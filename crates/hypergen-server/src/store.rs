@@ -125,7 +125,7 @@ impl ImageStore {
                 (folder.to_owned(), None)
             }
             None => {
-                let temporary = tempfile::Builder::new().prefix("hypergen-images-").tempdir()?;
+                let temporary = private_temporary()?;
                 (temporary.path().to_owned(), Some(temporary))
             }
         };
@@ -265,6 +265,15 @@ impl ImageStore {
         let index = self.lock();
         (index.entries.len(), index.bytes)
     }
+}
+
+/// A new folder under the system's temporary one, for its owner alone.
+fn private_temporary() -> io::Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("hypergen-images-");
+    #[cfg(unix)]
+    let builder = builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
+    builder.tempdir()
 }
 
 /// Makes a folder that only its owner can read; one that is there is left as it is.

@@ -1,0 +1,164 @@
+//! A generator without weights: it draws a pattern from seed and prompt, and
+//! a test can hold it before any step, look at what it was asked, and make it
+//! fail by the prompt. It keeps the contract of `Generator` in all else.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use hypergen_diffusion::{
+    Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
+};
+
+/// A test that waits longer has failed; on a busy machine it may take a while.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the test sees and does.
+#[derive(Default)]
+pub(crate) struct Control {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default, Clone)]
+pub(crate) struct State {
+    held: bool,
+    permits: usize,
+    /// Seeds of each call's requests.
+    pub(crate) calls: Vec<Vec<u64>>,
+    /// Steps that were computed.
+    pub(crate) steps: usize,
+    /// A step waits for the test.
+    pub(crate) waiting: bool,
+    /// Calls that ended because nobody wanted them any more.
+    pub(crate) cancelled: usize,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// From now on each step waits for a permit.
+    pub(crate) fn hold(&self) {
+        self.lock().held = true;
+    }
+
+    /// Lets so many steps pass.
+    pub(crate) fn permit(&self, steps: usize) {
+        self.lock().permits += steps;
+        self.wake.notify_all();
+    }
+
+    /// No step waits any more.
+    pub(crate) fn release(&self) {
+        self.lock().held = false;
+        self.wake.notify_all();
+    }
+
+    /// A look at it all.
+    pub(crate) fn state(&self) -> State {
+        self.lock().clone()
+    }
+
+    /// Returns once `condition` holds.
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&State) -> bool) {
+        crate::support::until(what, || condition(&self.lock())).await;
+    }
+
+    fn step(&self) {
+        let mut state = self.lock();
+        while state.held && state.permits == 0 {
+            state.waiting = true;
+            let (next, timeout) = self.wake.wait_timeout(state, PATIENCE).expect("not poisoned");
+            assert!(!timeout.timed_out(), "the test forgot to let the fake go on");
+            state = next;
+        }
+        state.waiting = false;
+        if state.held {
+            state.permits -= 1;
+        }
+        state.steps += 1;
+    }
+}
+
+/// The generator.
+pub(crate) struct Fake {
+    pub(crate) control: Arc<Control>,
+    pub(crate) info: ModelInfo,
+}
+
+impl Fake {
+    pub(crate) fn new() -> Self {
+        let info = ModelInfo {
+            name: "fake".to_owned(),
+            family: "Fake Diffusion".to_owned(),
+            native_size: Size { width: 64, height: 64 },
+            sampler: "ddim".to_owned(),
+            device: "cpu".to_owned(),
+            isa: "portable".to_owned(),
+            dtype: "float32".to_owned(),
+            threads: 1,
+            weight_bytes: 1 << 20,
+            default_steps: None,
+            default_guidance: None,
+            min_guidance: 1.0,
+        };
+        Self { control: Arc::default(), info }
+    }
+}
+
+/// The picture of a request, from nothing but it.
+pub(crate) fn draw(request: &Request) -> Picture {
+    let Size { width, height } = request.size;
+    let salt =
+        request.prompt.bytes().fold(request.seed, |sum, b| sum.wrapping_mul(31).wrapping_add(b.into()));
+    let rgb = (0..3 * width * height).map(|i| (salt.wrapping_add((i / 7) as u64) % 251) as u8).collect();
+    let warnings = match request.prompt.contains("warn me") {
+        true => vec!["The prompt was cut after \"naïve café\"\nand more".to_owned()],
+        false => Vec::new(),
+    };
+    Picture { size: request.size, rgb, warnings }
+}
+
+impl Generator for Fake {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        match request.prompt.as_str() {
+            "unfit" => {
+                Err(Error { param: Some("size"), ..Error::new(ErrorKind::Request, "size does not fit") })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
+        self.control.lock().calls.push(requests.iter().map(|r| r.seed).collect());
+        let first = requests.first().ok_or_else(|| Error::new(ErrorKind::Internal, "no request"))?;
+        assert!(requests.iter().all(|r| r.agrees_with(first)), "a batch must agree");
+        assert!(first.guidance_scale >= self.info.min_guidance && first.guidance_scale <= GUIDANCE_SCALE.max);
+        observer.stage(Stage::Text, 1, 1, Duration::from_millis(1));
+        for step in 1..=first.steps {
+            if (0..requests.len()).all(|i| observer.cancelled(i)) {
+                self.control.lock().cancelled += 1;
+                return Err(Error::new(ErrorKind::Cancelled, "nobody wants it"));
+            }
+            self.control.step();
+            observer.stage(Stage::Step, step, first.steps, Duration::from_millis(100));
+        }
+        for request in requests {
+            match request.prompt.as_str() {
+                "panic" => panic!("the fake was told to"),
+                "out of memory" => return Err(Error::new(ErrorKind::OutOfMemory, "CUDA out of memory")),
+                "bad numbers" => return Err(Error::new(ErrorKind::Internal, "the picture is not a number")),
+                "stop" => return Err(Error::new(ErrorKind::Cancelled, "for no reason")),
+                "too few" => return Ok(Vec::new()),
+                _ => {}
+            }
+        }
+        observer.stage(Stage::Decode, 1, 1, Duration::from_millis(1));
+        Ok(requests.iter().map(draw).collect())
+    }
+}
