@@ -24,7 +24,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Draw pictures and write them to files.
     #[command(after_help = GENERATE_EXAMPLES)]
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Serve OpenAI's image API from a model.
     #[command(after_help = SERVE_EXAMPLES, mut_args(|arg| arg.hide_env_values(true)))]
     Serve(Box<ServeConfig>),

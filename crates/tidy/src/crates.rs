@@ -46,7 +46,7 @@ const RULES: &[Rule] = &[
     Rule {
         name: "hypergen-server",
         ours: &["hypergen-diffusion"],
-        never: &["anyhow", "clap", "indicatif", "memmap2", "safetensors", "tokenizers"],
+        never: &["anyhow", "indicatif", "memmap2", "safetensors", "tokenizers"],
         not_in_code: &["hypergen_tensor", "hypergen_cpu", "hypergen_cuda"],
         not_at_all: &["UNet", "CLIP"],
     },

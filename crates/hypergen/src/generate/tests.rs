@@ -73,7 +73,7 @@ impl Generator for Fake {
 fn args(flags: &[&str]) -> GenerateArgs {
     let cli = Cli::try_parse_from(["hypergen", "generate", "red apple"].iter().chain(flags)).expect("flags");
     let Command::Generate(args) = cli.command else { panic!("generate") };
-    args
+    *args
 }
 
 /// Draws into a new folder, and returns it.
