@@ -5,18 +5,27 @@
 //!
 //! * [`vector`]: float32 products, any instruction set;
 //! * [`pairs`]: bfloat16 dot products of AVX-512;
-//! * [`amx`]: bfloat16 tiles.
+//! * [`amx`]: bfloat16 tiles, whose instructions are in [`amx_tiles`] and whose
+//!   operands [`pack512`] lays out.
 //!
 //! All compute the transposed problem, keys by queries: a lane of a vector is
 //! a query, so maxima, sums and factors of the softmax need no work across
 //! lanes, and no query can see what its neighbours are.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_tiles;
+#[cfg(target_arch = "x86_64")]
+mod pack512;
+#[cfg(target_arch = "x86_64")]
 mod pairs;
 mod vector;
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use crate::Isa;
 use crate::split::Shared;
 use crate::{Cpu, Element, ElementKind};
 
@@ -123,8 +132,10 @@ pub fn attention<T: Element>(
     if let (Some(q), Some(k), Some(v)) = (q.as_bf16(), k.as_bf16(), v.as_bf16()) {
         // SAFETY: all element types are the same, and that one is bf16.
         let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<bf16>(), out.len()) };
-        if cpu.isa() >= crate::Isa::Avx512Bf16 {
-            return pairs::attention(cpu, s, q, k, v, out);
+        match cpu.isa() {
+            Isa::AmxBf16 => return amx::attention(cpu, s, q, k, v, out),
+            Isa::Avx512Bf16 => return pairs::attention(cpu, s, q, k, v, out),
+            _ => {}
         }
     }
     vector::attention(cpu, s, q, k, v, out);

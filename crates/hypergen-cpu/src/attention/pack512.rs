@@ -1,0 +1,256 @@
+//! How [`super::amx`] packs queries, keys and values into tiles, by AVX-512.
+//! The tile product takes its left operand as rows of 32 values and its right
+//! one as rows of 16 pairs, a pair being two values that are summed over:
+//!
+//! * keys are left operands of the scores: 16 keys by 32 columns, as they are;
+//! * queries are right operands of the scores: 16 pairs of columns by 16
+//!   queries, so rows of pairs, transposed;
+//! * values are left operands of the output: 16 columns by 32 keys, transposed.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::amx_tiles::TILE;
+use super::{AttentionShape, Heads};
+use crate::Cpu;
+use crate::split::Shared;
+
+/// Sizes of packed heads, in tiles and 32-bit words.
+pub(super) struct Layout {
+    /// Tiles over the width of a head for the scores, 32 columns each.
+    pub(super) steps: usize,
+    /// Tiles over the width of a head for the output, 16 columns each.
+    pub(super) columns: usize,
+    /// Words of a head's keys: `[keys / 16][steps]` tiles.
+    pub(super) keys: usize,
+    /// Words of a head's values: `[keys / 32][columns]` tiles.
+    values: usize,
+}
+
+impl Layout {
+    pub(super) fn new(s: &AttentionShape) -> Self {
+        let (steps, columns, rows) =
+            (s.head_dim.div_ceil(32), s.head_dim.div_ceil(16), s.kv_len.div_ceil(32));
+        Self { steps, columns, keys: 2 * rows * steps * TILE, values: rows * columns * TILE }
+    }
+
+    /// Words of a head.
+    pub(super) fn head(&self) -> usize {
+        self.keys + self.values
+    }
+}
+
+/// The lowest `n` bits; all from 32 on.
+#[inline(always)]
+pub(super) fn first_lanes(n: usize) -> __mmask32 {
+    if n >= 32 { !0 } else { (1 << n) - 1 }
+}
+
+/// Packs keys and values of all heads, on all threads.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+pub(super) unsafe fn keys_and_values(
+    cpu: &Cpu,
+    s: &AttentionShape,
+    layout: &Layout,
+    k: Heads<'_, bf16>,
+    v: Heads<'_, bf16>,
+    packed: &mut [f32],
+) {
+    /// Groups of 32 keys that a task takes.
+    const GROUPS: usize = 16;
+    let groups = s.kv_len.div_ceil(32);
+    let tasks = groups.div_ceil(GROUPS);
+    let shared = Shared::new(packed);
+    cpu.parallel(s.batch * s.heads * tasks, |i| {
+        let (head, task) = (i / tasks, i % tasks);
+        let (b, h) = (head / s.heads, head % s.heads);
+        for group in task * GROUPS..groups.min((task + 1) * GROUPS) {
+            let (keys, values) = (2 * layout.steps * TILE, layout.columns * TILE);
+            let start = head * layout.head();
+            // SAFETY: by the contract; every group of keys has tiles of its own.
+            unsafe {
+                pack_keys(s, &k, [b, h, group * 32], shared.part(start + group * keys, keys));
+                let start = start + layout.keys + group * values;
+                pack_values(s, &v, [b, h, group * 32], shared.part(start, values));
+            }
+        }
+    });
+}
+
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, [b, h, first]: [usize; 3], to: &mut [f32]) {
+    let steps = to.len() / (2 * TILE);
+    for j in 0..32 {
+        let key = (first + j < s.kv_len).then(|| k.token(s, b * s.kv_len + first + j, h));
+        for step in 0..steps {
+            let row = &mut to[(j / 16 * steps + step) * TILE + j % 16 * 16..][..16];
+            // SAFETY: the mask keeps the load inside the token; the row has 64 bytes.
+            unsafe {
+                let values = key.map_or(_mm512_setzero_si512(), |key| {
+                    let key = &key[step * 32..];
+                    _mm512_maskz_loadu_epi16(first_lanes(key.len()), key.as_ptr().cast())
+                });
+                _mm512_storeu_si512(row.as_mut_ptr().cast(), values);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, [b, h, first]: [usize; 3], to: &mut [f32]) {
+    for (column, tile) in to.chunks_exact_mut(TILE).enumerate() {
+        // SAFETY: the mask keeps the load inside the token; a tile is 16 rows of 64 bytes.
+        unsafe {
+            let row = |j: usize| {
+                if j >= s.kv_len {
+                    return _mm512_setzero_si512();
+                }
+                let row = &v.token(s, b * s.kv_len + j, h)[column * 16..];
+                let mask = first_lanes(row.len()) as __mmask16;
+                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row.as_ptr().cast()))
+            };
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (pair, words) in rows.iter_mut().enumerate() {
+                let (low, high) = (row(first + 2 * pair), row(first + 2 * pair + 1));
+                *words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+            }
+            transpose(&mut rows);
+            for (row, words) in tile.chunks_exact_mut(16).zip(rows) {
+                _mm512_storeu_si512(row.as_mut_ptr().cast(), words);
+            }
+        }
+    }
+}
+
+/// Packs 32 queries, `[2][steps]` tiles, times `sign`, which is 1, -1 or 0.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn queries(
+    s: &AttentionShape,
+    layout: &Layout,
+    q: &Heads<'_, bf16>,
+    [b, h, first]: [usize; 3],
+    sign: f32,
+    to: &mut [f32],
+) {
+    let flip = _mm512_set1_epi16(if sign < 0.0 { i16::MIN } else { 0 });
+    for (i, tile) in to.chunks_exact_mut(TILE).enumerate() {
+        let (half, step) = (i / layout.steps, i % layout.steps);
+        let mut rows = [_mm512_setzero_si512(); 16];
+        for (j, row) in rows.iter_mut().enumerate() {
+            let query = first + half * 16 + j;
+            if query < s.q_len && sign != 0.0 {
+                let values = &q.token(s, b * s.q_len + query, h)[step * 32..];
+                // SAFETY: the mask keeps the load inside the token.
+                unsafe {
+                    let values = _mm512_maskz_loadu_epi16(first_lanes(values.len()), values.as_ptr().cast());
+                    *row = _mm512_xor_si512(values, flip);
+                }
+            }
+        }
+        // SAFETY: a tile is 16 rows of 64 bytes.
+        unsafe {
+            transpose(&mut rows);
+            for (row, words) in tile.chunks_exact_mut(16).zip(rows) {
+                _mm512_storeu_si512(row.as_mut_ptr().cast(), words);
+            }
+        }
+    }
+}
+
+/// Two vectors rounded to bfloat16, as pairs.
+///
+/// # Safety
+/// The machine has AVX-512 with BW and BF16.
+#[inline(always)]
+pub(super) unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
+    static ORDER: [i16; 32] = [
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+        14, 30, 15, 31,
+    ];
+    // SAFETY: by the contract; every bit pattern is 32 bfloat16, and the order is 64 bytes.
+    unsafe {
+        let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+        _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), both)
+    }
+}
+
+/// Turns 16 rows of 16 words into columns.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+pub(super) unsafe fn transpose(rows: &mut [__m512i; 16]) {
+    // SAFETY: by the contract.
+    unsafe {
+        let mut t = [_mm512_setzero_si512(); 16];
+        // Pairs of rows, then groups of four, within each quarter of a vector.
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+        }
+        for i in 0..4 {
+            rows[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            rows[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            rows[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            rows[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        // Quarter q of row 4 g + c now holds column 4 q + c of the group g of
+        // four rows: exchange quarters between the groups.
+        for c in 0..4 {
+            let lo = _mm512_shuffle_i32x4::<0x44>(rows[c], rows[4 + c]);
+            let hi = _mm512_shuffle_i32x4::<0xee>(rows[c], rows[4 + c]);
+            let lo2 = _mm512_shuffle_i32x4::<0x44>(rows[8 + c], rows[12 + c]);
+            let hi2 = _mm512_shuffle_i32x4::<0xee>(rows[8 + c], rows[12 + c]);
+            t[c] = _mm512_shuffle_i32x4::<0x88>(lo, lo2);
+            t[4 + c] = _mm512_shuffle_i32x4::<0xdd>(lo, lo2);
+            t[8 + c] = _mm512_shuffle_i32x4::<0x88>(hi, hi2);
+            t[12 + c] = _mm512_shuffle_i32x4::<0xdd>(hi, hi2);
+        }
+        *rows = t;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transpose_swaps_rows_and_columns() {
+        if !crate::Isa::Avx512.is_supported() {
+            return;
+        }
+        let mut rows = [[0_i32; 16]; 16];
+        for (i, row) in rows.iter_mut().enumerate() {
+            for (j, value) in row.iter_mut().enumerate() {
+                *value = (100 * i + j) as i32;
+            }
+        }
+        // SAFETY: the machine has AVX-512; the two types have the same size, and all bits are values.
+        let columns: [[i32; 16]; 16] = unsafe {
+            let mut rows = std::mem::transmute::<[[i32; 16]; 16], [__m512i; 16]>(rows);
+            call(&mut rows);
+            std::mem::transmute::<[__m512i; 16], [[i32; 16]; 16]>(rows)
+        };
+        for i in 0..16 {
+            for j in 0..16 {
+                assert_eq!(columns[j][i], rows[i][j]);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn call(rows: &mut [__m512i; 16]) {
+        // SAFETY: by the feature.
+        unsafe { transpose(rows) }
+    }
+}
