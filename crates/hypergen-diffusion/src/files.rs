@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use hypergen_tensor::Checkpoint;
 use serde_json::Value;
 
+use crate::presets::Preset;
 use crate::{Error, ErrorKind, embedded};
 
 /// JSON and text files larger than this are no configuration.
@@ -20,6 +21,8 @@ pub enum ModelFiles {
     Folder(PathBuf),
     /// The model inside the binary.
     Embedded,
+    /// A family's published shapes with random weights, for measurements.
+    Random(Preset),
 }
 
 impl ModelFiles {
@@ -55,6 +58,7 @@ impl ModelFiles {
         match self {
             Self::Folder(folder) => folder.join(file).display().to_string(),
             Self::Embedded => format!("embedded {file}"),
+            Self::Random(preset) => format!("preset {} {file}", preset.name()),
         }
     }
 
@@ -63,7 +67,11 @@ impl ModelFiles {
     /// # Errors
     /// When it exists but cannot be read, or is absurdly large.
     pub fn bytes(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>, Error> {
-        let Self::Folder(folder) = self else { return Ok(embedded::file(file).map(Cow::Borrowed)) };
+        let folder = match self {
+            Self::Folder(folder) => folder,
+            Self::Embedded => return Ok(embedded::file(file).map(Cow::Borrowed)),
+            Self::Random(preset) => return Ok(preset.file(file)),
+        };
         let path = folder.join(file);
         let failed = |e: std::io::Error| model_error(format!("cannot read {}: {e}", path.display()));
         match std::fs::metadata(&path) {
@@ -121,11 +129,15 @@ impl ModelFiles {
     /// # Errors
     /// When there are none, or only pickles.
     pub fn checkpoint(&self, part: &str, stem: &str) -> Result<Checkpoint, Error> {
-        let Self::Folder(folder) = self else {
-            let file = format!("{part}/{stem}.safetensors");
-            let bytes = embedded::file(&file)
-                .ok_or_else(|| model_error(format!("the embedded model has no {file}")))?;
-            return Ok(Checkpoint::from_static(&self.show(&file), bytes)?);
+        let file = format!("{part}/{stem}.safetensors");
+        let folder = match self {
+            Self::Folder(folder) => folder,
+            Self::Random(_) => return Ok(Checkpoint::random(&self.show(&file))),
+            Self::Embedded => {
+                let bytes = embedded::file(&file)
+                    .ok_or_else(|| model_error(format!("the embedded model has no {file}")))?;
+                return Ok(Checkpoint::from_static(&self.show(&file), bytes)?);
+            }
         };
         let folder = folder.join(part);
         for variant in ["", ".fp16", ".bf16"] {

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 mod conditioning;
 mod embedded;
 mod enlarge;
@@ -16,6 +17,7 @@ mod generator;
 mod load;
 pub mod models;
 mod pipeline;
+pub mod presets;
 mod request;
 pub mod samplers;
 pub mod tokenizer;

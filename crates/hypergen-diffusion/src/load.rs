@@ -98,6 +98,16 @@ pub fn load(
         None => ModelFiles::Embedded,
         Some(path) => ModelFiles::folder(Path::new(path))?,
     };
+    load_files(&files, model, options, progress)
+}
+
+/// Loads a model of whatever files, called `model`.
+pub(crate) fn load_files(
+    files: &ModelFiles,
+    model: Option<&str>,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Pipeline, Error> {
     let device = Device::cpu(&DeviceConfig { threads: options.threads })
         .map_err(|e| Error::new(ErrorKind::Request, e.to_string()))?;
     let dtype = match options.dtype {
@@ -106,7 +116,7 @@ pub fn load(
         DTypeChoice::Auto if device.multiplies_bf16() => DType::Bf16,
         DTypeChoice::Auto => DType::F32,
     };
-    let parts = Parts::open(&files)?;
+    let parts = Parts::open(files)?;
     let total = parts.bytes();
     let done = Cell::new(0);
     let progress = RefCell::new(progress);
@@ -114,7 +124,7 @@ pub fn load(
         done.set(done.get() + bytes);
         (progress.borrow_mut())(LoadProgress { done: done.get().min(total), total });
     };
-    let loading = Loading { files: &files, device: &device, dtype, report: &report };
+    let loading = Loading { files, device: &device, dtype, report: &report };
 
     let unet = loading.unet(&parts.unet)?;
     let text = loading.text(&parts, &unet)?;

@@ -128,6 +128,8 @@ impl Bytes {
 
 /// The tensors of one model part, by name.
 pub struct Checkpoint {
+    /// Has every tensor that is asked for, of random values.
+    random: bool,
     label: String,
     sources: Vec<(String, Bytes)>,
     tensors: HashMap<String, TensorInfo>,
@@ -142,8 +144,7 @@ impl Checkpoint {
     /// # Errors
     /// When it cannot be read or its header does not fit its contents.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let mut checkpoint =
-            Self { label: path.display().to_string(), sources: vec![], tensors: HashMap::new() };
+        let mut checkpoint = Self::empty(path.display().to_string());
         checkpoint.add_file(path)?;
         Ok(checkpoint)
     }
@@ -161,7 +162,7 @@ impl Checkpoint {
         let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
         let map = json.get("weight_map").and_then(|m| m.as_object());
         let map = map.ok_or_else(|| wrong("it has no object 'weight_map'".into()))?;
-        let mut checkpoint = Self { label: label.clone(), sources: vec![], tensors: HashMap::new() };
+        let mut checkpoint = Self::empty(label.clone());
         let mut files: Vec<&str> = vec![];
         for (tensor, file) in map {
             let file =
@@ -194,9 +195,20 @@ impl Checkpoint {
     /// # Errors
     /// When its header does not fit its contents.
     pub fn from_static(label: &str, bytes: &'static [u8]) -> Result<Self, CheckpointError> {
-        let mut checkpoint = Self { label: label.to_owned(), sources: vec![], tensors: HashMap::new() };
+        let mut checkpoint = Self::empty(label.to_owned());
         checkpoint.add(label.to_owned(), Bytes::Static(bytes))?;
         Ok(checkpoint)
+    }
+
+    /// A checkpoint without a file: whatever tensor is asked for is there, in
+    /// the shape asked for, with random weights of the usual size. For
+    /// measurements, which need a model's shapes but not its pictures.
+    pub fn random(label: &str) -> Self {
+        Self { random: true, ..Self::empty(label.to_owned()) }
+    }
+
+    fn empty(label: String) -> Self {
+        Self { random: false, label, sources: vec![], tensors: HashMap::new() }
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
@@ -286,6 +298,9 @@ impl Checkpoint {
     /// # Errors
     /// When it is missing, of another shape, or of a type that weights have not.
     pub fn tensor(&self, name: &str, expected: &[usize]) -> Result<Values<'_>, CheckpointError> {
+        if self.random {
+            return Ok(Values(Source::Random(Random::new(name, expected))));
+        }
         let info = self.tensors.get(name).ok_or_else(|| CheckpointError::Missing {
             name: name.to_owned(),
             path: self.label.clone(),
@@ -305,7 +320,10 @@ impl Checkpoint {
             path: path.clone(),
             found,
         })?;
-        Ok(Values { bytes: &self.sources[info.source].1.as_slice()[info.start..info.end], dtype })
+        Ok(Values(Source::Stored {
+            bytes: &self.sources[info.source].1.as_slice()[info.start..info.end],
+            dtype,
+        }))
     }
 
     /// Tells the system that a tensor's pages are not needed again: while a
@@ -326,15 +344,26 @@ impl Checkpoint {
 
 /// Values as they are stored.
 #[derive(Clone, Copy)]
-pub struct Values<'a> {
-    bytes: &'a [u8],
-    dtype: FileDType,
+pub struct Values<'a>(Source<'a>);
+
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Stored { bytes: &'a [u8], dtype: FileDType },
+    Random(Random),
 }
 
 impl Values<'_> {
     /// Number of values.
     pub fn len(&self) -> usize {
-        self.bytes.len() / self.dtype.size()
+        match self.0 {
+            Source::Stored { bytes, dtype } => bytes.len() / dtype.size(),
+            Source::Random(random) => random.len,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Writes values `start ..` as float32 into all of `out`.
@@ -342,24 +371,12 @@ impl Values<'_> {
     /// # Panics
     /// When that reaches beyond the end.
     pub fn read(&self, start: usize, out: &mut [f32]) {
-        let size = self.dtype.size();
-        let bytes = &self.bytes[start * size..][..out.len() * size];
-        match self.dtype {
-            FileDType::F32 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *out = f32::from_le_bytes(*b);
-                }
+        match self.0 {
+            Source::Stored { bytes, dtype } => {
+                let size = dtype.size();
+                widen(&bytes[start * size..][..out.len() * size], dtype, out);
             }
-            FileDType::F16 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *out = f16::from_le_bytes(*b).to_f32();
-                }
-            }
-            FileDType::Bf16 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *out = bf16::from_le_bytes(*b).to_f32();
-                }
-            }
+            Source::Random(random) => random.read(start, out),
         }
     }
 
@@ -368,6 +385,61 @@ impl Values<'_> {
         let mut out = vec![0.0; self.len()];
         self.read(0, &mut out);
         out
+    }
+}
+
+fn widen(bytes: &[u8], dtype: FileDType, out: &mut [f32]) {
+    match dtype {
+        FileDType::F32 => {
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *out = f32::from_le_bytes(*b);
+            }
+        }
+        FileDType::F16 => {
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = f16::from_le_bytes(*b).to_f32();
+            }
+        }
+        FileDType::Bf16 => {
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = bf16::from_le_bytes(*b).to_f32();
+            }
+        }
+    }
+}
+
+/// Random weights: matrices keep the variance of what goes through them,
+/// scales are 1 and shifts 0.
+#[derive(Clone, Copy)]
+struct Random {
+    seed: u64,
+    len: usize,
+    mean: f32,
+    /// Values lie within this of the mean.
+    spread: f32,
+}
+
+impl Random {
+    fn new(name: &str, shape: &[usize]) -> Self {
+        let fan_in: usize = shape.iter().skip(1).product();
+        let seed = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let is_vector = shape.len() == 1;
+        Self {
+            seed,
+            len: shape.iter().product(),
+            mean: if is_vector && name.ends_with("weight") { 1.0 } else { 0.0 },
+            spread: if is_vector { 0.0 } else { (3.0 / fan_in as f32).sqrt() },
+        }
+    }
+
+    fn read(&self, start: usize, out: &mut [f32]) {
+        for (i, out) in (start as u64..).zip(out) {
+            let mut x = (self.seed ^ i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            x = (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            *out = self.mean + self.spread * ((x >> 40) as f32 / (1 << 23) as f32 - 1.0);
+        }
     }
 }
 

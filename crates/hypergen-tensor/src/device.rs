@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     cpu: Cpu,
     f32: FreeList<f32>,
     bf16: FreeList<bf16>,
+    /// Floating-point operations of all products so far.
+    flop: AtomicU64,
 }
 
 /// Buffers whose tensors are gone, by length. The shapes of a denoising step
@@ -48,7 +51,14 @@ impl Device {
     /// When the machine lacks the instruction set.
     pub fn from_cpu_config(config: &CpuConfig) -> Result<Self, CpuError> {
         let cpu = Cpu::new(config)?;
-        Ok(Self { shared: Arc::new(Shared { cpu, f32: FreeList::default(), bf16: FreeList::default() }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                cpu,
+                f32: FreeList::default(),
+                bf16: FreeList::default(),
+                flop: AtomicU64::new(0),
+            }),
+        })
     }
 
     /// What the device is called in logs and answers.
@@ -75,6 +85,17 @@ impl Device {
     pub fn release_unused(&self) {
         lock(&self.shared.f32).clear();
         lock(&self.shared.bf16).clear();
+    }
+
+    /// Floating-point operations of all matrix products, convolutions and
+    /// attentions so far, two for each multiply-add.
+    pub fn flop(&self) -> u64 {
+        self.shared.flop.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_flop(&self, factors: &[usize]) {
+        let flop = 2 * factors.iter().map(|&f| f as u64).product::<u64>();
+        self.shared.flop.fetch_add(flop, Ordering::Relaxed);
     }
 
     pub(crate) fn cpu_kernels(&self) -> &Cpu {

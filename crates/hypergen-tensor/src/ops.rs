@@ -90,6 +90,7 @@ pub fn linear(x: &Tensor, layer: &Linear, epilogue: Epilogue<'_>) -> Tensor {
         layer.matrix.k(),
         x.shape()
     );
+    x.device().count_flop(&[x.shape().elements(), layer.matrix.n()]);
     by_type!(x, typed(x, layer, &epilogue))
 }
 
@@ -110,6 +111,7 @@ pub fn geglu(x: &Tensor, layer: &GegluProjection) -> Tensor {
         layer.matrix.k(),
         x.shape()
     );
+    x.device().count_flop(&[x.shape().elements(), layer.matrix.n()]);
     by_type!(x, typed(x, layer))
 }
 
@@ -143,6 +145,7 @@ pub fn conv2d(x: &Tensor, layer: &Conv, window: Window, epilogue: Epilogue<'_>) 
         })
     }
     let shape = conv_shape(x, layer, window);
+    x.device().count_flop(&[shape.batch, shape.out_h, shape.out_w, layer.matrix.k(), layer.matrix.n()]);
     by_type!(x, typed(x, layer, &shape, &epilogue))
 }
 
@@ -266,6 +269,7 @@ pub fn attention(
         scale: 1.0 / (head_dim as f32).sqrt(),
         causal,
     };
+    q.tensor.device().count_flop(&[2, shape.batch, heads, head_dim, shape.q_len, shape.kv_len]);
     by_type!(q.tensor, typed(q, k, v, &shape))
 }
 
