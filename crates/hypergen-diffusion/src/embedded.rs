@@ -10,7 +10,7 @@ macro_rules! files {
     };
 }
 
-const FILES: &[(&str, &[u8])] = files![
+static FILES: &[(&str, &[u8])] = files![
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",

@@ -140,7 +140,7 @@ pub(crate) fn load_files(
         ));
     }
     let scheduler = files.json("scheduler/scheduler_config.json")?;
-    Sampler::new(None, &scheduler, 1).map_err(|e| {
+    let sampler = Sampler::new(None, &scheduler, 1).map_err(|e| {
         Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
     })?;
     let side = unet.config().sample_size.unwrap_or(64) * vae.config().factor();
@@ -150,7 +150,7 @@ pub(crate) fn load_files(
         name: model.map_or_else(|| embedded::NAME.to_owned(), model_name),
         family: if embedded { "emoji (embedded)".into() } else { parts.family(&unet).into() },
         native_size,
-        sampler: scheduler.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_owned(),
+        sampler: sampler.kind().name().to_owned(),
         device: device.name().into(),
         isa: device.isa().to_string(),
         dtype: dtype.name().into(),

@@ -5,7 +5,7 @@ use std::time::Instant;
 use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
 
 use crate::conditioning::{Encoded, TextConditioner};
-use crate::enlarge::{canvas, enlarge};
+use crate::enlarge::enlarge;
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
 use crate::samplers::{self, Sampler};
@@ -42,7 +42,7 @@ pub struct Latents {
 impl Pipeline {
     /// The size that is drawn for a requested one.
     fn drawn(&self, requested: Size) -> Size {
-        if self.native_only { canvas(requested, self.info.native_size) } else { requested }
+        if self.native_only { self.info.native_size } else { requested }
     }
 
     fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
