@@ -381,7 +381,7 @@ impl Values<'_> {
     }
 
     /// All values as float32.
-    pub fn to_vec(&self) -> Vec<f32> {
+    pub fn to_vec(self) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
         self.read(0, &mut out);
         out

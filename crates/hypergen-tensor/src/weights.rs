@@ -96,7 +96,7 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// When a tensor is missing or does not fit.
     pub fn linear(&self, inputs: usize, outputs: usize, bias: bool) -> Result<Linear, CheckpointError> {
-        Self::linear_stacked(&[self.clone()], inputs, outputs, bias)
+        Self::linear_stacked(std::slice::from_ref(self), inputs, outputs, bias)
     }
 
     /// Several linear layers over the same inputs as one, their outputs side
