@@ -15,6 +15,7 @@ mod enlarge;
 pub mod files;
 mod generator;
 mod load;
+mod memory;
 pub mod models;
 mod pipeline;
 pub mod presets;

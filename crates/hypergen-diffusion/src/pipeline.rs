@@ -6,6 +6,7 @@ use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
 
 use crate::conditioning::{Encoded, TextConditioner};
 use crate::enlarge::enlarge;
+use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
 use crate::samplers::{self, Sampler};
@@ -73,6 +74,7 @@ impl Pipeline {
         requests.iter().try_for_each(|r| self.check(r))?;
         let sampler = self.sampler(first)?;
         let size = self.drawn(first.size);
+        memory::check(size, self.vae.config(), self.dtype)?;
         let factor = self.vae.config().factor();
         let shape =
             [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
