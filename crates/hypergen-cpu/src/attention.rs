@@ -15,7 +15,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-mod amx_tiles;
+pub(crate) mod amx_tiles;
 #[cfg(target_arch = "x86_64")]
 mod pack512;
 #[cfg(target_arch = "x86_64")]

@@ -21,6 +21,7 @@ mod elementwise;
 mod gemm;
 mod isa;
 mod norm;
+mod peak;
 mod pool;
 pub mod reference;
 mod scratch;

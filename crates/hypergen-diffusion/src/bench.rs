@@ -54,6 +54,9 @@ pub struct Report {
     pub info: ModelInfo,
     /// Size of the pictures that were decoded.
     pub size: Size,
+    /// Floating-point operations a second that the machine's multipliers give
+    /// for the number type in use.
+    pub limit: f64,
     /// In the order in which they happen.
     pub stages: Vec<Measured>,
     /// A picture of the last round, for whoever measures its encoding.
@@ -61,6 +64,12 @@ pub struct Report {
 }
 
 impl Measured {
+    /// Floating-point operations a second of the median; `None` where there
+    /// are none to count.
+    pub fn rate(&self) -> Option<f64> {
+        (self.flop > 0 && self.median() > 0.0).then(|| self.flop as f64 / self.median())
+    }
+
     /// The middle of the times.
     pub fn median(&self) -> f64 {
         let mut sorted = self.seconds.clone();
@@ -127,7 +136,8 @@ pub fn bench(
         stage("vae_decode", &watch.decode, watch.flop[2]),
     ];
     let picture = picture.ok_or_else(|| Error::new(crate::ErrorKind::Internal, "nothing was drawn"))?;
-    Ok(Report { info: pipeline.info(), size, stages, picture })
+    let limit = pipeline.device.measure_peak(pipeline.dtype);
+    Ok(Report { info: pipeline.info(), size, limit, stages, picture })
 }
 
 fn draw(pipeline: &mut Pipeline, requests: &[Request], watch: &mut Watch) -> Result<Option<Picture>, Error> {

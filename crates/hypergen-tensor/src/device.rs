@@ -8,6 +8,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::tensor::DType;
 use half::bf16;
 use hypergen_cpu::{AlignedVec, Cpu, CpuConfig, CpuError, Element};
 
@@ -85,6 +86,16 @@ impl Device {
     pub fn release_unused(&self) {
         lock(&self.shared.f32).clear();
         lock(&self.shared.bf16).clear();
+    }
+
+    /// Floating-point operations a second that the device's multipliers give
+    /// for a type: the limit of every product. Takes a third of a second.
+    pub fn measure_peak(&self, dtype: DType) -> f64 {
+        let kind = match dtype {
+            DType::F32 => hypergen_cpu::ElementKind::F32,
+            DType::Bf16 => hypergen_cpu::ElementKind::Bf16,
+        };
+        self.cpu_kernels().measure_peak(kind)
     }
 
     /// Floating-point operations of all matrix products, convolutions and

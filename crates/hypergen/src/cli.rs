@@ -7,6 +7,7 @@ use std::num::NonZeroU16;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
+use hypergen_diffusion::presets::Preset;
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
 use hypergen_server::ServeConfig;
@@ -28,6 +29,9 @@ pub(crate) enum Command {
     /// Serve OpenAI's image API from a model.
     #[command(after_help = SERVE_EXAMPLES, mut_args(|arg| arg.hide_env_values(true)))]
     Serve(Box<ServeConfig>),
+    /// Measure a model on this machine, stage by stage.
+    #[command(after_help = BENCH_EXAMPLES)]
+    Bench(BenchArgs),
     /// List the samplers that --sampler takes.
     Samplers,
     /// Print a script that completes hypergen's commands in a shell.
@@ -154,6 +158,66 @@ Examples:
 
 Standard output holds the name of each written file and nothing else. Progress is shown on a terminal only.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C (at the next step, without half a file).";
+
+/// What `hypergen bench` takes.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Published shapes with random weights, for which no file is needed: sd15, sd21, sdxl, sdxl-turbo or emoji.
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(bench_presets()), hide_possible_values = true)]
+    pub(crate) preset: Option<String>,
+
+    /// Model to measure instead: a folder in the diffusers layout.
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath, conflicts_with = "preset")]
+    pub(crate) model: Option<String>,
+
+    /// Width and height as WIDTHxHEIGHT [default: the model's native size].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) size: Option<Size>,
+
+    /// Denoising steps of each round.
+    #[arg(long, value_name = "STEPS", default_value_t = 4)]
+    pub(crate) steps: usize,
+
+    /// Pictures that share forward passes.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) batch: u16,
+
+    /// More than 1 measures both halves of guidance in a step, 1 only one [default: 7.5, and 1 for sdxl-turbo].
+    #[arg(long, value_name = "SCALE")]
+    pub(crate) guidance_scale: Option<f64>,
+
+    /// Rounds that count, after one that does not.
+    #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) rounds: u16,
+
+    /// Number type: auto, float32 or bfloat16.
+    #[arg(long, value_name = "TYPE", default_value_t = DTypeChoice::Auto, value_parser = dtype_parser(), hide_possible_values = true)]
+    pub(crate) dtype: DTypeChoice,
+
+    /// Threads that share the work [default: all that the process may use].
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) threads: Option<NonZeroU16>,
+
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The embedded model beside the presets.
+pub(crate) const EMOJI: &str = "emoji";
+
+fn bench_presets() -> Vec<&'static str> {
+    Preset::ALL.iter().map(|p| p.name()).chain([EMOJI]).collect()
+}
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  hypergen bench --preset sd15
+      seconds of each stage at 512x512, TFLOP/s, and how near that is to what the processor can do
+  hypergen bench --preset sdxl --size 1024x1024 --steps 2 --json
+      the same for programs
+  HYPERGEN_ISA=avx512 hypergen bench --preset sd15 --dtype float32
+      on a lower instruction set";
 
 const COMPLETIONS_EXAMPLE: &str = "\
 Example, for bash:

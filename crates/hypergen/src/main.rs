@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cli;
 mod console;
 mod generate;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let result = Console::real(|console| match cli.command {
         Command::Generate(args) => generate::run(&args, console),
         Command::Serve(config) => serve::run(*config),
+        Command::Bench(args) => bench::run(&args, console),
         Command::Samplers => console.print(&samplers()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

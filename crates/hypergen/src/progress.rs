@@ -33,7 +33,40 @@ impl Loading {
     }
 }
 
+impl Loading {
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 impl Drop for Loading {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// The bar of a measurement's rounds.
+pub(crate) struct Rounds {
+    bar: ProgressBar,
+}
+
+impl Rounds {
+    /// Shows nothing until there is something to show.
+    pub(crate) fn start() -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(style("measuring [{bar:30}] round {pos} of {len}"));
+        Self { bar }
+    }
+
+    /// Shows that a round begins; the first does not count.
+    pub(crate) fn update(&self, round: usize, count: usize) {
+        self.bar.set_length(count as u64);
+        self.bar.set_position(round as u64);
+    }
+}
+
+impl Drop for Rounds {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

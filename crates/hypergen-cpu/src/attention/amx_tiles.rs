@@ -23,7 +23,7 @@ struct Configuration {
 /// # Safety
 /// The machine has AMX, and the process may use it.
 #[inline(always)]
-pub(super) unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     static ALL: Configuration = {
         let mut c =
             Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
@@ -43,7 +43,7 @@ pub(super) unsafe fn configure() {
 /// # Safety
 /// The machine has AMX.
 #[inline(always)]
-pub(super) unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: by the contract.
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
