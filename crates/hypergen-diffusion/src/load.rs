@@ -161,7 +161,7 @@ pub(crate) fn load_files(
         min_guidance: GUIDANCE_SCALE.min,
     };
     device.release_unused();
-    Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded })
+    Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded, warm: None })
 }
 
 /// A model's last path component, which is how people call it.

@@ -27,6 +27,8 @@ pub struct Pipeline {
     pub(crate) scheduler: serde_json::Value,
     /// The model draws only at its native size; others are enlarged from it.
     pub(crate) native_only: bool,
+    /// Latents of the request that memory was last laid out for.
+    pub(crate) warm: Option<[usize; 4]>,
 }
 
 /// Final latents of one request, before decoding.
@@ -79,6 +81,10 @@ impl Pipeline {
         let shape =
             [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
 
+        if self.warm.replace(shape) != Some(shape) {
+            // Buffers of other shapes are of no use to this request.
+            self.device.release_unused();
+        }
         stop_if_unwanted(observer, requests.len())?;
         let started = Instant::now();
         let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
@@ -198,8 +204,6 @@ impl Generator for Pipeline {
             pictures.push(Picture { size: request.size, rgb, warnings: self.warnings(request)? });
             observer.stage(Stage::Decode, i + 1, requests.len(), started.elapsed());
         }
-        // The next request may have other shapes, for which these buffers are of no use.
-        self.device.release_unused();
         Ok(pictures)
     }
 }

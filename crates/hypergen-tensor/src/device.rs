@@ -3,7 +3,7 @@
 //! Today that is the CPU. A second kind of device becomes a variant here and a
 //! file of operations beside `ops.rs`; models never learn which one they run on.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,7 +35,13 @@ pub(crate) struct Shared {
 
 /// Buffers whose tensors are gone, by length. The shapes of a denoising step
 /// repeat, so from the second step on nothing is allocated.
-type FreeList<T> = Mutex<HashMap<usize, Vec<AlignedVec<T>>>>;
+type FreeList<T> = Mutex<BTreeMap<usize, Vec<AlignedVec<T>>>>;
+
+/// A buffer serves a tensor of at least this fraction of its length. Pages
+/// fresh from the system are cleared by it, which takes as long as computing
+/// on them: decoding spent a third of its time so when only lengths that fit
+/// exactly were taken.
+const LEAST_USE: usize = 2;
 
 impl Device {
     /// The CPU of this machine.
@@ -148,6 +154,8 @@ impl Pooled for bf16 {
 pub(crate) struct Buffer<T: Pooled> {
     /// `None` only while it is dropped.
     data: Option<AlignedVec<T>>,
+    /// Elements in use, from the first.
+    len: usize,
     device: Device,
 }
 
@@ -155,23 +163,33 @@ impl<T: Pooled> Buffer<T> {
     /// `len` elements of arbitrary, initialised content: every operation
     /// writes all of its output.
     pub(crate) fn new(device: &Device, len: usize) -> Self {
-        let recycled = lock(T::free_list(&device.shared)).get_mut(&len).and_then(Vec::pop);
+        let recycled = take(&mut lock(T::free_list(&device.shared)), len);
         let data = recycled.unwrap_or_else(|| AlignedVec::zeroed(len));
-        Self { data: Some(data), device: device.clone() }
+        Self { data: Some(data), len, device: device.clone() }
     }
+}
+
+/// The shortest buffer that is long enough, unless it is far too long.
+fn take<T: Pooled>(list: &mut BTreeMap<usize, Vec<AlignedVec<T>>>, len: usize) -> Option<AlignedVec<T>> {
+    let (&length, buffers) = list.range_mut(len..=len.saturating_mul(LEAST_USE)).next()?;
+    let buffer = buffers.pop();
+    if buffers.is_empty() {
+        list.remove(&length);
+    }
+    buffer
 }
 
 impl<T: Pooled> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        self.data.as_ref().map_or(&[], AlignedVec::as_slice)
+        self.data.as_ref().map_or(&[], |data| &data.as_slice()[..self.len])
     }
 }
 
 impl<T: Pooled> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        self.data.as_mut().map_or(&mut [], AlignedVec::as_mut_slice)
+        self.data.as_mut().map_or(&mut [], |data| &mut data.as_mut_slice()[..self.len])
     }
 }
 
@@ -180,5 +198,27 @@ impl<T: Pooled> Drop for Buffer<T> {
         if let Some(data) = self.data.take() {
             lock(T::free_list(&self.device.shared)).entry(data.as_slice().len()).or_default().push(data);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_return_and_serve_lengths_near_their_own() {
+        let device = Device::cpu(&DeviceConfig { threads: Some(1) }).expect("a device");
+        let lengths = || lock(&device.shared.f32).keys().copied().collect::<Vec<_>>();
+        drop(Buffer::<f32>::new(&device, 100));
+        assert_eq!(lengths(), [100]);
+        let near = Buffer::<f32>::new(&device, 50);
+        assert_eq!((near.len(), lengths()), (50, vec![]));
+        let far = Buffer::<f32>::new(&device, 49);
+        drop((near, far));
+        assert_eq!(lengths(), [49, 100], "a buffer keeps its whole length");
+        let too_small = Buffer::<f32>::new(&device, 40);
+        assert_eq!((too_small.len(), lengths()), (40, vec![100]), "the shortest that fits is taken");
+        device.release_unused();
+        assert_eq!(lengths(), [0; 0]);
     }
 }
