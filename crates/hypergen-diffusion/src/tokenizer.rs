@@ -55,11 +55,11 @@ impl Tokenizer {
         let config = files.optional_json(&at("tokenizer_config.json"))?.unwrap_or_default();
         let map = files.optional_json(&at("special_tokens_map.json"))?.unwrap_or_default();
         let special = |field: &str, default: &str| {
-            let from = |json: &Value| token_text(json.get(field)?);
-            from(&map).or_else(|| from(&config)).unwrap_or_else(|| default.to_owned())
+            let from = |json: &Value| special_token(json.get(field)?, &config);
+            from(&map).or_else(|| from(&config)).unwrap_or_else(|| AddedToken::from(default, true))
         };
         let (bos, eos) = (special("bos_token", BOS), special("eos_token", EOS));
-        let pad = special("pad_token", &eos);
+        let pad = special("pad_token", &eos.content);
 
         let (mut inner, file) = match files.bytes(&at("tokenizer.json"))? {
             Some(bytes) => {
@@ -74,14 +74,15 @@ impl Tokenizer {
         };
         // As transformers does, the padding token is cut out of prompts, too:
         // in SD 2.x and SDXL that is "!".
-        inner.add_special_tokens(&[&bos, &eos, &pad].map(|t| AddedToken::from(t.as_str(), true)));
+        // Of two definitions of one token, transformers keeps that of the padding.
+        inner.add_special_tokens(&[pad.clone(), eos.clone(), bos.clone()]);
         let id = |token: &str| {
             let id = inner.token_to_id(token).filter(|&id| (id as usize) < vocab);
             id.ok_or_else(|| {
                 wrong(file, format!("it has no token '{token}' among the text encoder's {vocab}"))
             })
         };
-        let (bos, eos, pad) = (id(&bos)?, id(&eos)?, id(&pad)?);
+        let (bos, eos, pad) = (id(&bos.content)?, id(&eos.content)?, id(&pad.content)?);
         if let Some((token, id)) = inner.get_vocab(true).into_iter().find(|(_, id)| *id as usize >= vocab) {
             let why = format!("its token '{token}' has id {id}, but the text encoder has {vocab} embeddings");
             return Err(wrong(file, why));
@@ -129,9 +130,16 @@ impl Tokenizer {
     }
 }
 
-/// A special token is a string, or an object that holds one.
-fn token_text(value: &Value) -> Option<String> {
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+/// A special token is a string, or an object that holds one. A token that is
+/// `normalized` is found in a prompt after lower-casing, so in capitals as
+/// well; `added_tokens_decoder` says so even of one named by a string.
+fn special_token(value: &Value, config: &Value) -> Option<AddedToken> {
+    let content = value.as_str().or_else(|| value.get("content")?.as_str())?;
+    let mut known = config.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten();
+    let flag = |token: &Value| token.get("normalized").and_then(Value::as_bool);
+    let listed = known.find_map(|(_, t)| if t.get("content")?.as_str()? == content { flag(t) } else { None });
+    let normalized = listed.or_else(|| flag(value)).unwrap_or(false);
+    Some(AddedToken::from(content, true).normalized(normalized))
 }
 
 fn from_tokenizer_json(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {

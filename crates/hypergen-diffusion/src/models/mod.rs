@@ -2,6 +2,8 @@
 //! JSON and named as its tensors are. No sampler, no prompt, no file name.
 
 mod config;
+#[cfg(test)]
+mod goldens;
 mod resnet;
 pub mod text_encoder;
 mod transformer;

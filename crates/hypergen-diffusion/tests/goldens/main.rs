@@ -1,0 +1,12 @@
+//! Our numbers against those of diffusers 0.42 and transformers 5 (see
+//! `goldens/README.md`): token ids, single networks, whole pipelines, number
+//! types. One test binary, because each one links the embedded model.
+
+mod bfloat16;
+mod blocks;
+mod checkpoint;
+mod fixture;
+mod formula;
+mod networks;
+mod pipelines;
+mod tokens;

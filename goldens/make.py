@@ -1,0 +1,23 @@
+"""Makes every fixture of the repository: `python goldens/make.py`."""
+
+import tempfile
+from pathlib import Path
+
+import blocks
+import pipelines
+import samplers
+import tokens
+import torch_random
+
+
+def main() -> None:
+    torch_random.main()
+    samplers.main()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens.make(Path(scratch))
+        blocks.make()
+        pipelines.make(Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
