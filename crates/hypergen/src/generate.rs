@@ -112,7 +112,7 @@ fn draw(
     }
     let mut warned: Vec<String> = Vec::new();
     for (index, request) in requests.iter().enumerate() {
-        let stopped = |exit_code| Stopped { exit_code, written: index, count: args.count };
+        let stopped = |exit_code| Stopped::drawing(exit_code, index, args.count);
         if let Some(code) = interrupt.exit_code() {
             bail!(stopped(code));
         }

@@ -10,22 +10,28 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 /// The process was told to stop: no error, but an exit code of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stopped {
     /// 128 and the signal's number.
     pub(crate) exit_code: u8,
-    /// Pictures that were written before.
-    pub(crate) written: usize,
-    /// Pictures that were asked for.
-    pub(crate) count: usize,
+    /// What became of the work.
+    pub(crate) message: String,
+}
+
+impl Stopped {
+    /// After `written` of `count` pictures.
+    pub(crate) fn drawing(exit_code: u8, written: usize, count: usize) -> Self {
+        let message = match written {
+            0 => "stopped: nothing was written".to_owned(),
+            written => format!("stopped: {written} of {count} pictures were written"),
+        };
+        Self { exit_code, message }
+    }
 }
 
 impl fmt::Display for Stopped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.written {
-            0 => f.write_str("stopped: nothing was written"),
-            written => write!(f, "stopped: {written} of {} pictures were written", self.count),
-        }
+        f.write_str(&self.message)
     }
 }
 

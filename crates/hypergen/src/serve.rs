@@ -8,6 +8,7 @@ use hypergen_diffusion::load;
 use hypergen_server::{Exit, ServeConfig, Server, init_logging, with_file};
 
 use crate::cli::{Cli, Command};
+use crate::interrupt::Stopped;
 use crate::progress::Loading;
 
 /// Runs the command.
@@ -22,7 +23,10 @@ pub(crate) fn run(config: ServeConfig) -> anyhow::Result<()> {
     };
     match server.run(Box::new(pipeline))? {
         Exit::Graceful => Ok(()),
-        Exit::Forced => bail!("stopped before everybody was answered: a second signal came"),
+        Exit::Forced => bail!(Stopped {
+            exit_code: 130,
+            message: "stopped before everybody was answered: a second signal came".to_owned(),
+        }),
     }
 }
 
@@ -33,7 +37,7 @@ fn with_settings_file(config: ServeConfig) -> anyhow::Result<ServeConfig> {
     if let Some(serve) = command.find_subcommand_mut("serve") {
         *serve = with_file(serve.clone(), path)?;
     }
-    let cli = Cli::from_arg_matches(&command.get_matches())?;
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
     match cli.command {
         Command::Serve(config) => Ok(*config),
         // The same arguments cannot name another command the second time.

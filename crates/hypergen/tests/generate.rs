@@ -102,8 +102,7 @@ fn several_pictures_are_numbered_and_equal_their_single_runs() {
 #[test]
 fn the_file_tells_how_it_was_drawn_unless_told_not_to() {
     let sandbox = Sandbox::new();
-    let flags =
-        ["--seed", "5", "--negative-prompt", "worm", "--guidance-scale", "3", "--sampler", "ddim", "-o", "-"];
+    let flags = ["--seed", "5", "--negative-prompt", "worm", "--guidance-scale", "3", "-o", "-"];
     let told = decode(&sandbox.run(&quick(&flags)).stdout);
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(
