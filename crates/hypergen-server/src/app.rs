@@ -7,13 +7,14 @@ use std::sync::atomic::AtomicUsize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
-use hypergen_diffusion::{Generator, ModelInfo};
+use hypergen_diffusion::samplers::SamplerKind;
+use hypergen_diffusion::{GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 
@@ -70,7 +71,8 @@ impl App {
     ) -> Result<Self, ServeError> {
         config.check().map_err(ServeError::Config)?;
         let model = generator.info();
-        let parameters = Parameters::new(&model, config.default_steps, config.default_guidance);
+        let samplers = samplers(&*generator, &model);
+        let parameters = Parameters::new(&model, &samplers, config.default_steps, config.default_guidance);
         if parameters.default_guidance() < parameters.min_guidance() {
             return Err(ServeError::Config(format!(
                 "--default-guidance {} is too small for {}: it takes {} or more",
@@ -135,6 +137,26 @@ impl App {
     }
 }
 
+/// The samplers that this model can be drawn with: its schedule may not suit
+/// each. Asked once, so that a request for another is refused before it waits.
+fn samplers(generator: &dyn Generator, model: &ModelInfo) -> Vec<SamplerKind> {
+    let able = |sampler| {
+        let request = Request {
+            prompt: String::new(),
+            negative_prompt: None,
+            size: model.native_size,
+            steps: model.default_steps.unwrap_or(STEPS.default),
+            guidance_scale: model.default_guidance.unwrap_or(GUIDANCE_SCALE.default),
+            seed: 0,
+            sampler,
+        };
+        generator.check(&request).is_ok()
+    };
+    // A model that does not even take its own sampler is told off elsewhere.
+    let any = !able(None);
+    SamplerKind::ALL.iter().copied().filter(|sampler| any || able(Some(*sampler))).collect()
+}
+
 fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
     let keyed = Router::new()
         .route("/v1/images/generations", post(generations::create))
@@ -161,25 +183,25 @@ fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
     router.layer(middleware::from_fn_with_state(shared, trace::trace))
 }
 
-async fn require_key(State(app): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+async fn require_key(State(app): State<Arc<Shared>>, request: HttpRequest, next: Next) -> Response {
     if auth::allowed(&app.keys, request.headers()) {
         return next.run(request).await;
     }
     refuse(&app, request, ApiError::unauthorized()).await
 }
 
-async fn not_found(State(app): State<Arc<Shared>>, request: Request) -> Response {
+async fn not_found(State(app): State<Arc<Shared>>, request: HttpRequest) -> Response {
     let error = ApiError::not_found("Nothing is here: /docs lists what there is");
     refuse(&app, request, error).await
 }
 
-async fn method_not_allowed(State(app): State<Arc<Shared>>, request: Request) -> Response {
+async fn method_not_allowed(State(app): State<Arc<Shared>>, request: HttpRequest) -> Response {
     let error = ApiError::method_not_allowed(request.method().as_str(), request.uri().path());
     refuse(&app, request, error).await
 }
 
 /// Answers a request whose body nobody will read.
-async fn refuse(app: &Shared, request: Request, error: ApiError) -> Response {
+async fn refuse(app: &Shared, request: HttpRequest, error: ApiError) -> Response {
     let (parts, body) = request.into_parts();
     body::discard(&parts.headers, body, app.body_limits).await;
     error.into_response()

@@ -2,6 +2,7 @@
 //! one event for programs. It only words things.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::net::SocketAddr;
 
 use crate::app::Shared;
@@ -11,7 +12,10 @@ use crate::metrics::resident_bytes;
 /// Says it on standard error, or as an event of a JSON log.
 pub(crate) fn announce(app: &Shared, config: &ServeConfig) {
     match config.log_format {
-        LogFormat::Human => eprint!("{}", block(app, config)),
+        LogFormat::Human => {
+            // Nobody is left to tell when standard error is closed.
+            let _ = std::io::stderr().write_all(block(app, config).as_bytes());
+        }
         LogFormat::Json => {
             let m = &app.model;
             tracing::info!(
@@ -38,7 +42,8 @@ fn block(app: &Shared, config: &ServeConfig) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "  {name:<9} {value}");
     };
-    line("model", format!("{} ({}), {} pixels", m.name, m.family, m.native_size));
+    line("model", m.name.clone());
+    line("family", format!("{}, {} pixels", m.family, m.native_size));
     line(
         "device",
         format!("{} with {}, {} thread{}", m.device, m.isa, m.threads, if m.threads == 1 { "" } else { "s" }),

@@ -4,7 +4,7 @@
 //! [`Generator`](hypergen_diffusion::Generator) into routes, and an engine
 //! thread between them draws one batch after the other. The crate knows a
 //! model only by that trait: tests run it on a fake without weights.
-//! docs/server.md tells how to operate it.
+//! `docs/server.md` tells how to operate it.
 
 #![forbid(unsafe_code)]
 

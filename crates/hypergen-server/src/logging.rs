@@ -20,7 +20,7 @@ pub fn init_logging(config: &ServeConfig) -> Result<(), ServeError> {
     // The only failure is a log that is there already.
     let _ = match config.log_format {
         LogFormat::Human => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init(),
-        LogFormat::Json => log.json().flatten_event(true).with_ansi(false).try_init(),
+        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).with_ansi(false).try_init(),
     };
     Ok(())
 }

@@ -5,7 +5,7 @@ use utoipa::OpenApi as _;
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::schema::Schema;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{OpenApi, RefOr};
+use utoipa::openapi::{OpenApi, RefOr, Required};
 
 use crate::api::Parameters;
 use crate::routes::{docs, generations, health, images, metrics, models};
@@ -52,6 +52,9 @@ pub(crate) fn document(parameters: &Parameters, keys: bool) -> Vec<u8> {
     for (path, item) in &mut document.paths.paths {
         if path.starts_with("/v1/") || path == "/metrics" {
             operations(item).for_each(|operation| operation.security = Some(security(keys)));
+        }
+        for body in operations(item).filter_map(|operation| operation.request_body.as_mut()) {
+            body.required = Some(Required::True);
         }
     }
     // It is made of plain maps and texts; an empty document is better than a panic.

@@ -36,6 +36,8 @@ const SWEEP: Duration = Duration::from_secs(10);
 const FLUSH: Duration = Duration::from_secs(5);
 /// Pause after the system refused us a connection (too many open files).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Threads for encoding and for the disk, where each may hold a picture.
+const BLOCKING_THREADS: usize = 16;
 /// Silence after which a peer is asked whether it is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
@@ -91,6 +93,7 @@ impl Server {
     pub fn run(self, generator: Box<dyn Generator>) -> Result<Exit, ServeError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
+            .max_blocking_threads(BLOCKING_THREADS)
             .thread_name("http")
             .enable_all()
             .build()

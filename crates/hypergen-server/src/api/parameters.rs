@@ -200,9 +200,15 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The parameters for a model. The defaults for steps and guidance are
-    /// the operator's, else the model's own, else the API's.
-    pub fn new(model: &ModelInfo, default_steps: Option<usize>, default_guidance: Option<f64>) -> Self {
+    /// The parameters for a model that can be drawn with these samplers. The
+    /// defaults for steps and guidance are the operator's, else the model's
+    /// own, else the API's.
+    pub fn new(
+        model: &ModelInfo,
+        samplers: &[SamplerKind],
+        default_steps: Option<usize>,
+        default_guidance: Option<f64>,
+    ) -> Self {
         let steps = default_steps.or(model.default_steps).unwrap_or(STEPS.default);
         let guidance = Range {
             min: GUIDANCE_SCALE.min.min(model.min_guidance),
@@ -275,7 +281,7 @@ impl Parameters {
             sampler: Choice {
                 name: "sampler",
                 about: format!("The sampling method. Where it is absent: the checkpoint's own, {}.", model.sampler),
-                words: SamplerKind::ALL.iter().map(|sampler| sampler.name()).collect(),
+                words: samplers.iter().map(|sampler| sampler.name()).collect(),
                 default: None,
             },
         }

@@ -5,6 +5,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{
     Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
 };
@@ -85,6 +86,8 @@ impl Control {
 pub(crate) struct Fake {
     pub(crate) control: Arc<Control>,
     pub(crate) info: ModelInfo,
+    /// Samplers that it refuses.
+    pub(crate) unable: Vec<SamplerKind>,
 }
 
 impl Fake {
@@ -103,7 +106,7 @@ impl Fake {
             default_guidance: None,
             min_guidance: 1.0,
         };
-        Self { control: Arc::default(), info }
+        Self { control: Arc::default(), info, unable: Vec::new() }
     }
 }
 
@@ -126,6 +129,9 @@ impl Generator for Fake {
     }
 
     fn check(&self, request: &Request) -> Result<(), Error> {
+        if request.sampler.is_some_and(|sampler| self.unable.contains(&sampler)) {
+            return Err(Error::new(ErrorKind::Request, "the schedule does not suit the sampler"));
+        }
         match request.prompt.as_str() {
             "unfit" => {
                 Err(Error { param: Some("size"), ..Error::new(ErrorKind::Request, "size does not fit") })

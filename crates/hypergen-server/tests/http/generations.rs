@@ -244,6 +244,19 @@ async fn every_sampler_of_the_table_is_taken() {
 }
 
 #[tokio::test]
+async fn a_sampler_that_does_not_suit_the_model_is_refused_before_it_waits() {
+    let mut fake = Fake::new();
+    let unable = SamplerKind::ALL[SamplerKind::ALL.len() - 1];
+    fake.unable = vec![unable];
+    let app = TestApp::with(&[], fake);
+    let (message, _, param, _) = app.post(json!({"prompt": "x", "sampler": unable.name()})).await.error(400);
+    let (list, found) = message.rsplit_once(", but is ").expect("both");
+    assert_eq!(found, format!("'{unable}'"));
+    assert!(!list.split([' ', ',']).any(|word| word == unable.name()), "{message}");
+    assert_eq!(param, "sampler");
+}
+
+#[tokio::test]
 async fn warnings_come_in_a_header_once() {
     let app = TestApp::new(&[]);
     let answer = app.post(json!({"prompt": "please warn me", "size": "8x8", "n": 3})).await;
