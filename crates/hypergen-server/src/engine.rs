@@ -274,9 +274,7 @@ impl Runner {
         match self.generate(&riders) {
             Ok(pictures) => {
                 for (rider, picture) in riders.iter().zip(pictures) {
-                    if rider.job.deliver(rider.index, picture) {
-                        self.end(&rider.job);
-                    }
+                    self.settle(&rider.job, |job| job.deliver(rider.index, picture));
                 }
             }
             Err(Failure::Generation(e)) if e.kind == ErrorKind::Cancelled => self.cancelled(&riders),
@@ -348,14 +346,25 @@ impl Runner {
     }
 
     fn fail(&self, job: &Job, failure: Failure) {
-        job.fail(failure);
-        self.end(job);
+        self.settle(job, |job| {
+            job.fail(failure);
+            true
+        });
     }
 
     fn end(&self, job: &Job) {
+        self.settle(job, |_| true);
+    }
+
+    /// Tells a job something and, where that was the last word, takes it off
+    /// the books. Both under the lock: whoever has an answer finds that
+    /// `/health` knows of it.
+    fn settle(&self, job: &Job, tell: impl FnOnce(&Job) -> bool) {
         let mut state = self.shared.lock();
-        state.queue.end(job);
-        self.shared.changed(&state);
+        if tell(job) {
+            state.queue.end(job);
+            self.shared.changed(&state);
+        }
     }
 }
 

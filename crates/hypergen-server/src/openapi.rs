@@ -53,8 +53,10 @@ pub(crate) fn document(parameters: &Parameters, keys: bool) -> Vec<u8> {
         if path.starts_with("/v1/") || path == "/metrics" {
             operations(item).for_each(|operation| operation.security = Some(security(keys)));
         }
-        for body in operations(item).filter_map(|operation| operation.request_body.as_mut()) {
-            body.required = Some(Required::True);
+        for operation in operations(item) {
+            if let Some(RefOr::T(body)) = &mut operation.request_body {
+                body.required = Some(Required::True);
+            }
         }
     }
     // It is made of plain maps and texts; an empty document is better than a panic.
