@@ -2,14 +2,13 @@
 //! the binary. Files are memory-mapped and nothing is copied before a tensor
 //! is packed. Pickles are not read, here or anywhere.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::SafeTensors;
+use safetensors::{SafeTensorError, SafeTensors};
 use thiserror::Error;
 
 /// Why a checkpoint cannot be read.
@@ -233,7 +232,7 @@ impl Checkpoint {
         let wrong = |reason: String| CheckpointError::Format { path: label.clone(), reason };
         let data = bytes.as_slice();
         let (header, metadata) =
-            SafeTensors::read_metadata(data).map_err(|e| wrong(explain(&e.to_string(), data.len())))?;
+            SafeTensors::read_metadata(data).map_err(|e| wrong(explain(&e, data.len())))?;
         // The crate checks offsets against each other; the end of the file is for us to check.
         let begin = header + 8;
         let tensors = metadata.tensors();
@@ -354,7 +353,7 @@ enum Source<'a> {
 
 impl Values<'_> {
     /// Number of values.
-    pub fn len(&self) -> usize {
+    pub fn len(self) -> usize {
         match self.0 {
             Source::Stored { bytes, dtype } => bytes.len() / dtype.size(),
             Source::Random(random) => random.len,
@@ -362,7 +361,7 @@ impl Values<'_> {
     }
 
     /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
+    pub fn is_empty(self) -> bool {
         self.len() == 0
     }
 
@@ -467,15 +466,125 @@ fn beside(file: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Words for the reader's terse errors.
-fn explain(error: &str, len: usize) -> String {
-    let cause: Cow<'_, str> = match () {
-        () if error.contains("HeaderTooSmall") || len < 8 => "it is shorter than a header".into(),
-        () if error.contains("InvalidHeaderLength") => {
-            "its header is longer than the file; it is truncated or of another format".into()
+/// Words for the reader's terse errors, with the mend.
+fn explain(error: &SafeTensorError, len: usize) -> String {
+    let again = "the file is truncated or damaged: download it again";
+    match error {
+        SafeTensorError::HeaderTooSmall => format!("it has only {len} bytes; {again}"),
+        SafeTensorError::InvalidHeaderLength | SafeTensorError::MetadataIncompleteBuffer => {
+            format!("its {len} bytes are not as many as its header says; {again}")
         }
-        () if error.contains("HeaderTooLarge") => "its header is too large; it is of another format".into(),
-        () => error.into(),
-    };
-    format!("{cause} ({len} bytes)")
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => {
+            "it does not begin with a safetensors header; it is of another format".to_owned()
+        }
+        SafeTensorError::InvalidHeaderDeserialization(e) => {
+            format!("its header does not parse ({e}); {again}")
+        }
+        SafeTensorError::InvalidOffset(tensor) => {
+            format!("the place of its tensor '{tensor}' makes no sense; {again}")
+        }
+        SafeTensorError::TensorInvalidInfo => {
+            format!("a tensor's type and shape do not fit the bytes that it has; {again}")
+        }
+        SafeTensorError::ValidationOverflow => format!("a tensor's shape is absurdly large; {again}"),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A file with this header, an object of JSON, and this many bytes after it.
+    fn file(header: &str, data: usize) -> tempfile::NamedTempFile {
+        let mut file = tempfile::Builder::new().suffix(".safetensors").tempfile().expect("a temporary file");
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        file.write_all(&bytes).expect("written");
+        file
+    }
+
+    fn error(file: &tempfile::NamedTempFile) -> String {
+        match Checkpoint::open(file.path()) {
+            Ok(_) => panic!("a damaged file was read"),
+            Err(e) => e.to_string(),
+        }
+    }
+
+    #[test]
+    fn every_damage_has_its_own_words() {
+        let tensor = |dtype: &str, shape: &str, end: usize| {
+            format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{end}]}}}}"#)
+        };
+        let whole = tensor("F32", "[2,2]", 16);
+        assert!(Checkpoint::open(file(&whole, 16).path()).is_ok());
+        let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+        for (header, data, words) in [
+            (whole.as_str(), 15, "not as many as its header says"),
+            (whole.as_str(), 17, "not as many as its header says"),
+            (tensor("F32", "[2,3]", 16).as_str(), 16, "do not fit the bytes"),
+            (tensor("F32", "[4611686018427387904,4]", 16).as_str(), 16, "absurdly large"),
+            (tensor("X9", "[2,2]", 16).as_str(), 16, "header does not parse"),
+            (tensor("F32", "[-1]", 16).as_str(), 16, "header does not parse"),
+            (overlap, 12, "'b' makes no sense"),
+            ("{", 0, "header does not parse"),
+        ] {
+            let message = error(&file(header, data));
+            assert!(message.contains(words), "{header}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_safetensors_file_is_named() {
+        let mut pickle = tempfile::NamedTempFile::new().expect("a temporary file");
+        pickle.write_all(b"\x80\x02}q\x00X\x05\xff\xff\xff and so on").expect("written");
+        assert!(error(&pickle).contains("another format"), "{}", error(&pickle));
+        let empty = tempfile::NamedTempFile::new().expect("a temporary file");
+        assert!(error(&empty).contains("empty"), "{}", error(&empty));
+        let missing =
+            Checkpoint::open(Path::new("/no/such/file.safetensors")).err().expect("an error").to_string();
+        assert!(missing.contains("/no/such/file.safetensors"), "{missing}");
+    }
+
+    #[test]
+    fn an_index_stays_in_its_folder() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let index = folder.path().join("model.safetensors.index.json");
+        for (text, words) in [
+            (r#"{"weight_map":{"w":"../secret.safetensors"}}"#, "beside the index"),
+            (r#"{"weight_map":{"w":"/etc/passwd"}}"#, "beside the index"),
+            (r#"{"weight_map":{"w":"model.safetensors.index.json"}}"#, "beside the index"),
+            (r#"{"weight_map":{"w":7}}"#, "not mapped to a file name"),
+            (r#"{"weight_map":{}}"#, "empty"),
+            ("[]", "no object 'weight_map'"),
+            ("{", "EOF"),
+            (r#"{"weight_map":{"w":"gone.safetensors"}}"#, "gone.safetensors"),
+        ] {
+            std::fs::write(&index, text).expect("written");
+            let message = Checkpoint::open_index(&index).err().expect("an error").to_string();
+            assert!(message.contains(words), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn tensors_are_checked_when_they_are_asked_for() {
+        let header = r#"{"w":{"dtype":"F16","shape":[2,2,1,1],"data_offsets":[0,8]},"i":{"dtype":"I64","shape":[1],"data_offsets":[8,16]}}"#;
+        let file = file(header, 16);
+        let checkpoint = Checkpoint::open(file.path()).expect("a whole file");
+        assert_eq!(
+            checkpoint.tensor("w", &[2, 2]).map(Values::len).ok(),
+            Some(4),
+            "a 1x1 convolution is a matrix"
+        );
+        let message = |name: &str, shape: &[usize]| match checkpoint.tensor(name, shape) {
+            Ok(_) => panic!("{name} was read as {shape:?}"),
+            Err(e) => e.to_string(),
+        };
+        assert!(message("w", &[4]).contains("[2, 2, 1, 1]"));
+        assert!(message("i", &[1]).contains("I64"));
+        assert!(message("x", &[1]).contains("'x' is missing"));
+    }
 }
