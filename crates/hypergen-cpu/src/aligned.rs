@@ -41,7 +41,7 @@ impl<T: Element> AlignedVec<T> {
         // Allocators clear memory of unusual alignment by writing to all of it;
         // with the usual alignment fresh pages arrive zeroed. So the block is
         // made a little larger and the start is moved to the boundary.
-        let align = if bytes >= 4 * HUGE_PAGE { HUGE_PAGE } else { LINE };
+        let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { LINE };
         let layout = Layout::from_size_align(bytes + align, align_of::<T>())
             .expect("a buffer's size fits the address space");
         // SAFETY: the layout's size is not zero.

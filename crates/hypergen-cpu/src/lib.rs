@@ -14,6 +14,8 @@
 
 mod aligned;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod cache;
 mod conv;
 mod cpu;
 mod element;

@@ -11,6 +11,10 @@ const KEEP: usize = 16 << 20;
 /// Buffers that a thread keeps at most.
 const BUFFERS: usize = 4;
 
+/// Floats of a huge page, which larger buffers take whole: a laid out picture
+/// is walked in strides that would otherwise miss the TLB.
+const HUGE_PAGE: usize = (2 << 20) / 4;
+
 thread_local! {
     static KEPT: RefCell<Vec<AlignedVec<f32>>> = const { RefCell::new(Vec::new()) };
 }
@@ -34,7 +38,9 @@ impl Scratch {
             fit.map(|(i, _)| i).map(|i| kept.swap_remove(i))
         });
         // Powers of two, so that growing shapes do not leave a trail of buffers.
-        let fresh = || AlignedVec::zeroed(if len * 4 > KEEP { len } else { len.next_power_of_two() });
+        let least = if len > HUGE_PAGE / 8 { HUGE_PAGE } else { 0 };
+        let fresh =
+            || AlignedVec::zeroed(if len * 4 > KEEP { len } else { len.next_power_of_two().max(least) });
         Self { buffer: Some(kept.unwrap_or_else(fresh)), len }
     }
 

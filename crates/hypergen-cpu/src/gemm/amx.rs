@@ -74,7 +74,7 @@ pub(super) struct Operands<'a> {
     pub(super) stride: usize,
     /// The panel.
     pub(super) b: *const bf16,
-    /// What is multiplied, in order.
+    /// What is multiplied, in order; not empty.
     pub(super) runs: &'a [Run],
     /// Accumulators, `[32][32]`.
     pub(super) c: *mut f32,
@@ -82,43 +82,127 @@ pub(super) struct Operands<'a> {
     pub(super) first: bool,
 }
 
+/// Lines of memory to be brought into the second-level cache.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// The first.
+    pub(super) from: *const u8,
+    /// How many.
+    pub(super) lines: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn bring(self) {
+        for line in 0..self.lines {
+            // SAFETY: a prefetch touches nothing, wherever it points.
+            unsafe {
+                asm!("prefetcht1 [{}]", in(reg) self.from.wrapping_add(line * 64), options(nostack, readonly));
+            }
+        }
+    }
+}
+
 /// Bytes from one row of accumulators to the next.
 const C_STRIDE: usize = PANEL * 4;
 
-/// Adds the product of two tiles of rows and a panel.
+/// Steps of a long sum whose rows of A are loaded into the first-level cache;
+/// the others pass it by, as the weights do. All of a long row would not fit,
+/// and then nothing of it would still be there for the next panel.
+const KEPT_STEPS: usize = 16;
+/// Steps up to which all rows fit.
+const FITTING_STEPS: usize = 20;
+
+/// Multiplies two tiles of rows and a panel. The products stay in the tile
+/// registers: the next call, or [`store`], writes them to this call's `c`. So
+/// the multiplier need not drain: this call loads its first operands, writes
+/// what the call before it left (to `previous`, unless null), and goes on.
 ///
 /// # Safety
 /// This thread holds [`Tiles`]; all that the runs name is readable, and the
 /// accumulators are writable.
 #[inline(always)]
-pub(super) unsafe fn multiply_pair(o: &Operands<'_>) {
-    let low = o.c.wrapping_add(TILE_ROWS * PANEL);
+pub(super) unsafe fn multiply_pair(o: &Operands<'_>, previous: *mut f32, ahead: &[Ahead]) {
+    let keep = if o.runs.len() == 1 && o.runs[0].steps > FITTING_STEPS { KEPT_STEPS } else { usize::MAX };
     // SAFETY: the caller's contract. Tile registers keep their contents from
     // one `asm!` to the next because compiled code never uses them.
     unsafe {
-        if o.first {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
-        } else {
+        let run = o.runs[0];
+        asm!(
+            "tileloadd tmm4, [{a0} + {stride}]",
+            "tileloaddt1 tmm6, [{b} + {line}]",
+            "tileloaddt1 tmm7, [{b} + {line} + 1024]",
+            "tileloadd tmm5, [{a1} + {stride}]",
+            a0 = in(reg) o.a[0].byte_add(run.a),
+            a1 = in(reg) o.a[1].byte_add(run.a),
+            b = in(reg) o.b.byte_add(run.b),
+            stride = in(reg) o.stride,
+            line = in(reg) 64_usize,
+            options(nostack, readonly)
+        );
+        if o.first && !previous.is_null() {
             asm!(
-                "tileloadd tmm0, [{c} + {s}]",
-                "tileloadd tmm1, [{c} + {s} + 64]",
-                "tileloadd tmm2, [{low} + {s}]",
-                "tileloadd tmm3, [{low} + {s} + 64]",
-                c = in(reg) o.c, low = in(reg) low, s = in(reg) C_STRIDE,
-                options(nostack, readonly)
+                "tilestored [{c} + {s}], tmm0",
+                "tilezero tmm0",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tilestored [{c} + {s} + 64], tmm1",
+                "tilezero tmm1",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tilestored [{low} + {s}], tmm2",
+                "tilezero tmm2",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tilestored [{low} + {s} + 64], tmm3",
+                "tilezero tmm3",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                c = in(reg) previous, low = in(reg) previous.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
+                options(nostack)
+            );
+        } else {
+            if !previous.is_null() {
+                store(previous);
+            }
+            load(o.c, o.first);
+            asm!(
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                options(nostack, nomem)
             );
         }
-        for run in o.runs {
-            // Weights are loaded past the first-level cache, which then keeps
-            // the rows of A for the next panel.
+        for (i, run) in o.runs.iter().enumerate() {
+            if let Some(ahead) = ahead.get(i) {
+                ahead.bring();
+            }
+            // The first step is done.
+            let done = usize::from(i == 0);
+            let kept = run.steps.min(keep);
+            steps::<true>(o, run, done..kept);
+            steps::<false>(o, run, kept.max(done)..run.steps);
+        }
+    }
+}
+
+/// Multiplies some steps of a run; `KEEP` says whether the rows of A are to
+/// stay in the first-level cache.
+///
+/// # Safety
+/// As for [`multiply_pair`].
+#[inline(always)]
+unsafe fn steps<const KEEP: bool>(o: &Operands<'_>, run: &Run, range: std::ops::Range<usize>) {
+    if range.is_empty() {
+        return;
+    }
+    macro_rules! multiply {
+        ($load:literal) => {
             asm!(
                 "2:",
-                "tileloadd tmm4, [{a0} + {stride}]",
+                concat!($load, " tmm4, [{a0} + {stride}]"),
                 "tileloaddt1 tmm6, [{b} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloaddt1 tmm7, [{b} + {line} + 1024]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a1} + {stride}]",
+                concat!($load, " tmm5, [{a1} + {stride}]"),
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {a0}, 64",
@@ -126,27 +210,70 @@ pub(super) unsafe fn multiply_pair(o: &Operands<'_>) {
                 "add {b}, 2048",
                 "dec {n}",
                 "jnz 2b",
-                a0 = inout(reg) o.a[0].byte_add(run.a) => _,
-                a1 = inout(reg) o.a[1].byte_add(run.a) => _,
-                b = inout(reg) o.b.byte_add(run.b) => _,
-                n = inout(reg) run.steps => _,
+                a0 = inout(reg) o.a[0].byte_add(run.a + range.start * 64) => _,
+                a1 = inout(reg) o.a[1].byte_add(run.a + range.start * 64) => _,
+                b = inout(reg) o.b.byte_add(run.b + range.start * 2048) => _,
+                n = inout(reg) range.len() => _,
                 stride = in(reg) o.stride,
                 line = in(reg) 64_usize,
                 options(nostack, readonly)
+            )
+        };
+    }
+    // SAFETY: the caller's contract. Weights are always loaded past the
+    // first-level cache, which then keeps the rows of A for the next panel.
+    unsafe {
+        if KEEP {
+            multiply!("tileloadd");
+        } else {
+            multiply!("tileloaddt1");
+        }
+    }
+}
+
+/// Sets the accumulators of a pair to zero or to what waits in memory.
+///
+/// # Safety
+/// As for [`multiply_pair`].
+#[inline(always)]
+unsafe fn load(c: *mut f32, zero: bool) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if zero {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        } else {
+            asm!(
+                "tileloadd tmm0, [{c} + {s}]",
+                "tileloadd tmm1, [{c} + {s} + 64]",
+                "tileloadd tmm2, [{low} + {s}]",
+                "tileloadd tmm3, [{low} + {s} + 64]",
+                c = in(reg) c, low = in(reg) c.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
+                options(nostack, readonly)
             );
         }
+    }
+}
+
+/// Writes the accumulators that the last [`multiply_pair`] left in registers.
+///
+/// # Safety
+/// This thread holds [`Tiles`]; `c` is writable.
+#[inline(always)]
+pub(super) unsafe fn store(c: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
         asm!(
             "tilestored [{c} + {s}], tmm0",
             "tilestored [{c} + {s} + 64], tmm1",
             "tilestored [{low} + {s}], tmm2",
             "tilestored [{low} + {s} + 64], tmm3",
-            c = in(reg) o.c, low = in(reg) low, s = in(reg) C_STRIDE,
+            c = in(reg) c, low = in(reg) c.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
             options(nostack)
         );
     }
 }
 
-/// Adds the product of one tile of rows and a panel.
+/// Multiplies one tile of rows and a panel, and writes the result.
 ///
 /// # Safety
 /// As for [`multiply_pair`].

@@ -12,10 +12,11 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Rows;
-use super::amx::{Operands, Run, TILE_ROWS, Tiles, multiply_pair, multiply_single};
+use super::amx::{Ahead, Operands, Run, TILE_ROWS, Tiles, multiply_pair, multiply_single, store};
 use super::epilogue::Output;
 use super::packed::{PANEL, PackedMatrix, STEP, TILE_K};
 use crate::Cpu;
+use crate::cache::second_level_bytes;
 use crate::scratch::with_scratch;
 use crate::simd::Simd;
 use crate::simd::avx512::Avx512;
@@ -23,19 +24,19 @@ use crate::simd::avx512::Avx512;
 /// The vectors around the tiles.
 type Vectors = Avx512<true>;
 
-/// Steps of 32 values in a chunk of plain rows: 32 rows of 640 values take 40
-/// of the first-level cache's 48 KiB.
-const CHUNK_STEPS: usize = 20;
+/// Steps of 32 values in a chunk of plain rows. Shorter chunks would let all
+/// rows stay in the first-level cache, but carrying accumulators from chunk to
+/// chunk costs more than that gives; longer ones leave no room for enough
+/// rows in the second level.
+const CHUNK_STEPS: usize = 40;
 /// Most stretches that a chunk consists of.
 pub(crate) const MAX_RUNS: usize = 32;
 /// Most tiles of rows in a block.
 const MAX_TILES: usize = 128;
-/// What the second-level cache is taken to hold of each: laid out rows,
-/// weights that are used again and again, waiting accumulators.
-const LEFT_BYTES: usize = 448 << 10;
-const WEIGHT_BYTES: usize = 640 << 10;
-const ACCUMULATOR_BYTES: usize = 640 << 10;
-/// Bytes of a tile of rows' accumulators in one panel.
+/// Accumulators of a pair of tiles that have no chunk to wait for: two calls of
+/// values and gates.
+const RING: usize = 4;
+/// Accumulators of a pair of tiles in one panel.
 const ACC_LEN: usize = 2 * TILE_ROWS * PANEL;
 
 /// A tile of rows: where its first row begins, and which outputs it makes.
@@ -103,7 +104,8 @@ pub(crate) fn multiply<L: Left>(cpu: &Cpu, a: &L, w: &PackedMatrix<bf16>, output
         let first = i / row_blocks * plan.panels;
         let panels = first..panels.min(first + plan.panels);
         let left = a.scratch_bytes(rows.len()).next_multiple_of(64) / 4;
-        let waiting = if a.chunks() > 1 { plan.tiles(a, rows.len()).div_ceil(2) * panels.len() } else { 2 };
+        let waiting =
+            if a.chunks() > 1 { plan.tiles(a, rows.len()).div_ceil(2) * panels.len() } else { RING };
         with_scratch(left + waiting * ACC_LEN, |scratch| {
             let block = Block { a, w, output, rows, panels };
             // SAFETY: this is only called where AMX is; scratch is long
@@ -127,9 +129,12 @@ impl Plan {
     fn new<L: Left>(a: &L, w: &PackedMatrix<bf16>, unit: usize, threads: usize) -> Self {
         let (count, span, panels) = (a.count(), a.span(), w.panels());
         let spans = count / span;
+        // Laid out rows, weights that are used again, and accumulators that
+        // wait share the second-level cache; what is left serves the rest.
+        let share = second_level_bytes() / 16 * 5;
         // As many rows as the cache holds, whole pictures if it holds several.
         let fits = |rows: usize| {
-            let held = a.scratch_bytes(rows) <= LEFT_BYTES && rows <= a.most_rows();
+            let held = a.scratch_bytes(rows) <= share && rows <= a.most_rows();
             held && tiles_in(a, rows) <= MAX_TILES
         };
         let mut rows = if fits(span) {
@@ -139,10 +144,10 @@ impl Plan {
             (1..=units).rev().find(|&u| fits(u * a.unit())).unwrap_or(1) * a.unit()
         };
         let limit = match a.order() {
-            Order::RowsOuter => WEIGHT_BYTES / (w.panel(0).len() * 2 / a.chunks()).max(1),
+            Order::RowsOuter => share / (w.panel(0).len() * 2 / a.chunks()).max(1),
             Order::PanelsOuter => panels,
         };
-        let waiting = if a.chunks() > 1 { ACCUMULATOR_BYTES / (rows * PANEL * 4) } else { panels };
+        let waiting = if a.chunks() > 1 { share / (rows * PANEL * 4) } else { panels };
         let mut cols = (limit.min(waiting).max(1) / unit * unit).clamp(unit, panels);
         // Even shares for the threads: cut panels evenly, then rows.
         if threads > 1 {
@@ -206,80 +211,219 @@ struct Block<'a, L> {
     panels: Range<usize>,
 }
 
+/// A tile's worth of finished sums that wait for their epilogue.
+#[derive(Clone, Copy)]
+struct Done {
+    /// Where they are; of a GEGLU, values and gates.
+    c: [*mut f32; 2],
+    pair: usize,
+    panel: usize,
+}
+
 /// # Safety
 /// The machine has AMX with bfloat16; `scratch` holds `left` floats of laid
 /// out rows, then the accumulators.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn run<L: Left>(block: &Block<'_, L>, scratch: &mut [f32], left: usize) {
-    let Block { a, w, output, ref rows, ref panels } = *block;
     let (laid_out, accumulators) = scratch.split_at_mut(left);
     let laid_out = laid_out.as_mut_ptr().cast::<bf16>();
-    let accumulators = accumulators.as_mut_ptr();
     let mut spots = [Spot { a: std::ptr::null(), row: 0, rows: 0 }; MAX_TILES];
     let mut count = 0;
-    a.spots(rows.clone(), laid_out, |spot| {
+    block.a.spots(block.rows.clone(), laid_out, |spot| {
         spots[count] = spot;
         count += 1;
     });
-    let pairs = count.div_ceil(2);
-    let unit = if output.in_pairs() { 2 } else { 1 };
-    let chunks = a.chunks();
-    let mut run_list = [Run { a: 0, b: 0, steps: 0 }; MAX_RUNS];
+    let mut list = [Run { a: 0, b: 0, steps: 0 }; MAX_RUNS];
     // SAFETY: the caller's contract, and that of `Left` about what it laid out.
     unsafe {
         let _tiles = Tiles::configure();
-        for chunk in 0..chunks {
-            a.lay_out::<Vectors>(rows.clone(), chunk, laid_out);
-            let runs = a.runs(rows.len(), chunk, &mut run_list);
-            let runs = &run_list[..runs];
-            let last = chunk + 1 == chunks;
-            let one = |pair: usize, p: usize| {
-                let both = &spots[pair * 2..count.min(pair * 2 + 2)];
-                let mut tiles = [std::ptr::null_mut(); 2];
-                for (i, c) in tiles.iter_mut().enumerate().take(unit) {
-                    let index = if chunks > 1 { pair * panels.len() + p + i } else { i };
-                    *c = accumulators.add(index * ACC_LEN);
-                    let operands = Operands {
-                        a: [both[0].a, both[both.len() - 1].a],
-                        stride: a.stride(),
-                        b: w.panel(panels.start + p + i).as_ptr(),
-                        runs,
-                        c: *c,
-                        first: chunk == 0,
-                    };
-                    if both.len() == 2 { multiply_pair(&operands) } else { multiply_single(&operands) }
-                }
-                if last {
-                    let gates = tiles[unit - 1];
-                    let panel = panels.start + p;
-                    if both.len() == 2 && both[0].rows == TILE_ROWS && both[1].row == both[0].row + TILE_ROWS
-                    {
-                        let rows = TILE_ROWS + both[1].rows;
-                        output.tile::<Vectors>(tiles[0], gates, both[0].row, rows, panel);
-                    } else {
-                        for (i, spot) in both.iter().enumerate() {
-                            let offset = i * TILE_ROWS * PANEL;
-                            let (values, gates) = (tiles[0].add(offset), gates.add(offset));
-                            output.tile::<Vectors>(values, gates, spot.row, spot.rows, panel);
-                        }
-                    }
-                }
-            };
-            match a.order() {
+        for chunk in 0..block.a.chunks() {
+            block.a.lay_out::<Vectors>(block.rows.clone(), chunk, laid_out);
+            let runs = block.a.runs(block.rows.len(), chunk, &mut list);
+            let accumulators = accumulators.as_mut_ptr();
+            let walk =
+                Walk { block, spots: &spots[..count], runs: &list[..runs], chunk, accumulators, stored: 0 };
+            walk.run();
+        }
+    }
+}
+
+/// One chunk's way through a block.
+struct Walk<'a, L> {
+    block: &'a Block<'a, L>,
+    spots: &'a [Spot],
+    runs: &'a [Run],
+    chunk: usize,
+    accumulators: *mut f32,
+    /// Tiles' worth of accumulators handed out so far.
+    stored: usize,
+}
+
+impl<L: Left> Walk<'_, L> {
+    /// Walks all pairs of tiles and all panels.
+    ///
+    /// # Safety
+    /// As for the function `run`.
+    #[inline(always)]
+    unsafe fn run(mut self) {
+        let unit = self.unit();
+        let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
+        let mut pending = None;
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self.block.a.order() {
                 Order::RowsOuter => {
                     for pair in 0..pairs {
-                        for p in (0..panels.len()).step_by(unit) {
-                            one(pair, p);
+                        for p in (0..panels).step_by(unit) {
+                            self.one(pair, p, &mut pending);
                         }
                     }
                 }
                 Order::PanelsOuter => {
-                    for p in (0..panels.len()).step_by(unit) {
+                    for p in (0..panels).step_by(unit) {
                         for pair in 0..pairs {
-                            one(pair, p);
+                            self.one(pair, p, &mut pending);
                         }
                     }
                 }
+            }
+            self.flush(&mut pending);
+        }
+    }
+
+    fn unit(&self) -> usize {
+        if self.block.output.in_pairs() { 2 } else { 1 }
+    }
+
+    /// Multiplies a pair of tiles with a panel, or with values and gates, and
+    /// finishes the one before it, whose sums are written meanwhile.
+    ///
+    /// # Safety
+    /// As for the function `run`.
+    #[inline(always)]
+    unsafe fn one(&mut self, pair: usize, p: usize, pending: &mut Option<Done>) {
+        let (unit, a) = (self.unit(), self.block.a);
+        let both = &self.spots[pair * 2..self.spots.len().min(pair * 2 + 2)];
+        let mut done = Done { c: [std::ptr::null_mut(); 2], pair, panel: p };
+        if both.len() == 1 || self.runs.is_empty() {
+            // SAFETY: the caller's contract.
+            unsafe { self.flush(pending) };
+        }
+        for i in 0..unit {
+            let index =
+                if a.chunks() > 1 { pair * self.block.panels.len() + p + i } else { self.stored % RING };
+            self.stored += 1;
+            // SAFETY: the caller's contract.
+            unsafe {
+                let c = self.accumulators.add(index * ACC_LEN);
+                done.c[i] = c;
+                let operands = Operands {
+                    a: [both[0].a, both[both.len() - 1].a],
+                    stride: a.stride(),
+                    b: self.block.w.panel(self.block.panels.start + p + i).as_ptr(),
+                    runs: self.runs,
+                    c,
+                    first: self.chunk == 0,
+                };
+                if both.len() == 1 || self.runs.is_empty() {
+                    multiply_single(&operands);
+                    continue;
+                }
+                let previous = match (i, *pending) {
+                    (1, _) => done.c[0],
+                    (_, Some(done)) => done.c[unit - 1],
+                    (_, None) => std::ptr::null_mut(),
+                };
+                let mut ahead = [Ahead { from: std::ptr::null(), lines: 0 }; MAX_RUNS];
+                let count = self.ahead(pair, p + i, &mut ahead);
+                multiply_pair(&operands, previous, &ahead[..count]);
+                if i == 0
+                    && let Some(before) = pending.take()
+                {
+                    self.finish(&before);
+                }
+            }
+        }
+        if both.len() == 1 || self.runs.is_empty() {
+            // SAFETY: the caller's contract; the sums are written.
+            unsafe { self.finish(&done) };
+        } else {
+            *pending = Some(done);
+        }
+    }
+
+    /// Writes the sums that are still in registers, and finishes them.
+    ///
+    /// # Safety
+    /// As for the function `run`.
+    #[inline(always)]
+    unsafe fn flush(&self, pending: &mut Option<Done>) {
+        if let Some(done) = pending.take() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                store(done.c[self.unit() - 1]);
+                self.finish(&done);
+            }
+        }
+    }
+
+    /// The epilogue, once the last chunk is added.
+    ///
+    /// # Safety
+    /// As for the function `run`; the sums are written.
+    #[inline(always)]
+    unsafe fn finish(&self, done: &Done) {
+        if self.chunk + 1 < self.block.a.chunks() {
+            return;
+        }
+        let output = self.block.output;
+        let both = &self.spots[done.pair * 2..self.spots.len().min(done.pair * 2 + 2)];
+        let (values, gates) = (done.c[0], done.c[self.unit() - 1]);
+        let panel = self.block.panels.start + done.panel;
+        // SAFETY: the caller's contract.
+        unsafe {
+            if both.len() == 2 && both[0].rows == TILE_ROWS && both[1].row == both[0].row + TILE_ROWS {
+                let rows = TILE_ROWS + both[1].rows;
+                return output.tile::<Vectors>(values, gates, both[0].row, rows, panel);
+            }
+            for (i, spot) in both.iter().enumerate() {
+                let offset = i * TILE_ROWS * PANEL;
+                output.tile::<Vectors>(values.add(offset), gates.add(offset), spot.row, spot.rows, panel);
+            }
+        }
+    }
+
+    /// What this call brings nearer for a later one: a share of the next rows,
+    /// or of the next panel. Writes one entry for each run.
+    #[inline(always)]
+    fn ahead(&self, pair: usize, p: usize, ahead: &mut [Ahead; MAX_RUNS]) -> usize {
+        let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
+        match self.block.a.order() {
+            Order::RowsOuter => {
+                let Some(next) = self.spots.get(pair * 2 + 2) else { return 0 };
+                let run = self.runs[0];
+                // A share of the rows; the pair's rows follow one another.
+                let rows = 2 * TILE_ROWS * p / panels..2 * TILE_ROWS * (p + 1) / panels;
+                let mut count = 0;
+                for row in rows.take(MAX_RUNS) {
+                    let from = next.a.cast::<u8>().wrapping_add(run.a + row * self.block.a.stride());
+                    ahead[count] = Ahead { from, lines: run.steps };
+                    count += 1;
+                }
+                count
+            }
+            Order::PanelsOuter => {
+                if p + 1 >= panels {
+                    return 0;
+                }
+                let next = self.block.w.panel(self.block.panels.start + p + 1).as_ptr().cast::<u8>();
+                for (run, ahead) in self.runs.iter().zip(ahead.iter_mut()) {
+                    const LINES: usize = STEP * 2 / 64;
+                    let lines = run.steps * LINES;
+                    let share = lines * pair / pairs..lines * (pair + 1) / pairs;
+                    *ahead = Ahead { from: next.wrapping_add(run.b + share.start * 64), lines: share.len() };
+                }
+                self.runs.len()
             }
         }
     }
