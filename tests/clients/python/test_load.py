@@ -121,7 +121,7 @@ def test_a_second_signal_ends_it_at_once():
     server.process.send_signal(signal.SIGTERM)
     while not any("shutting down" in line for line in server.log):
         pass
-    assert server.stop(signal.SIGINT) == 1
+    assert server.stop(signal.SIGINT) == 130
     thread.join()
 
 
