@@ -32,18 +32,35 @@ STEPS = [1, 4, 20, 50]
 EDGE_STEPS = [2, 3, 7, 14, 15, 61, 150]
 
 # What each name means: a class and the arguments over the file's fields.
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", SDE),
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {**SDE, "solver_order": 3}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpmpp_2s_a": ("DPMSolverSinglestepScheduler", SDE),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
-# Names that come with `_karras`, `_exponential` and `_beta`.
-FOUR_FORMS = ["euler", "dpmpp_2m"]
+# Names that come with `_karras`, `_exponential` and `_beta`. Spacing matters to the ramps
+# of the first only: the others' go over the whole of training.
+GROWING = ["euler", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_sde"]
+KEEPING = ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_2s_a", "unipc", "deis"]
 # Classes that look alpha up by timestep. In 61 trailing steps, numpy's rounding adds a
 # timestep of -1, for which they read the table's noisy end and spoil the picture.
-BY_TABLE = ["ddim", "pndm"]
+BY_TABLE = ["ddim", "pndm", "ddpm"]
 RAMPS = {
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
@@ -91,7 +108,30 @@ def network(x, t, prediction):
     return (1.0 - 0.9 * u) * x + 0.4 * bump(x + phase)
 
 
-def loop(name, config, steps, seed):
+class Path:
+    """Increments of a Brownian path over sigma, drawn from the picture's generator.
+
+    `DPMSolverSDEScheduler` has the tree of another library draw them, from a seed of its own.
+    The process is the same: a step asks for the increment to its middle, then for the
+    one to its end.
+    """
+
+    def __init__(self, generator):
+        self.generator = generator
+        self.start = None
+
+    def __call__(self, sigma, end):
+        if self.start is None:
+            self.start, self.middle = sigma, end
+            self.first = torch.randn(SHAPE, generator=self.generator)
+            self.second = torch.randn(SHAPE, generator=self.generator)
+            return self.first
+        half, rest = self.start - self.middle, self.middle - end
+        self.start = None
+        return (half.sqrt() * self.first + rest.sqrt() * self.second) / (half + rest).sqrt()
+
+
+def loop(name, config, steps, seed, path=Path):
     """The timesteps that the network sees, the initial scale and the final latents."""
     if name is None:
         cls, over = getattr(diffusers, config["_class_name"]), {}
@@ -115,6 +155,8 @@ def loop(name, config, steps, seed):
     if "eta" in signature(scheduler.step).parameters:
         # What pipelines pass unless they are told otherwise.
         extra["eta"] = 0.0
+    if hasattr(scheduler, "noise_sampler") and path:
+        scheduler.noise_sampler = path(generator)
     seen = []
     for t in scheduler.timesteps:
         out = network(scheduler.scale_model_input(x, t), float(t), config.get("prediction_type", "epsilon"))
@@ -131,14 +173,15 @@ def cases():
                 for prediction in PREDICTIONS:
                     for steps in STEPS:
                         yield name, file(beta, spacing, prediction), steps
-    for name in FOUR_FORMS:
+    for name in GROWING + KEEPING:
         for ramp in RAMPS:
-            for spacing in SPACINGS:
+            for spacing in SPACINGS if name in GROWING else SPACINGS[:1]:
                 for prediction in PREDICTIONS:
                     for steps in STEPS:
                         yield f"{name}_{ramp}", file("scaled_linear", spacing, prediction), steps
             for beta in ("linear", "cosine"):
                 yield f"{name}_{ramp}", file(beta), 20
+            yield f"{name}_{ramp}", file(sigma_min=0.05, sigma_max=9.0, final_sigmas_type="sigma_min"), 20
     for name in SAMPLERS:
         for steps in EDGE_STEPS:
             for spacing in SPACINGS:
@@ -172,7 +215,7 @@ def special():
                 {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
                 {"set_alpha_to_one": True, "steps_offset": 0},
             ):
-                for name in ("ddim", "dpmpp_2m"):
+                for name in ("ddim", "heun", "dpmpp_2m", "dpmpp_2s", "unipc", "deis", "ddpm", "lcm", "tcd"):
                     yield name, file(spacing=spacing, prediction=prediction, **fields), 20
             for steps in (4, 5, 20):
                 yield "pndm", file(spacing=spacing, prediction=prediction, skip_prk_steps=False), steps
@@ -203,6 +246,36 @@ def special():
                     for steps in (4, 20):
                         config = file(prediction="v_prediction", _class_name="DPMSolverMultistepScheduler", **fields)
                         yield None, config, steps
+    for algorithm in ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"):
+        for order in (1, 2, 3):
+            for kind in ("midpoint", "heun"):
+                for end in ("zero", "sigma_min"):
+                    for lower in (True, False):
+                        fields = {"algorithm_type": algorithm, "solver_order": order, "solver_type": kind}
+                        fields |= {"final_sigmas_type": end, "lower_order_final": lower}
+                        yield "dpmpp_2s", file(prediction="v_prediction", **fields), 11
+                        yield "dpmpp_2s", file(prediction="v_prediction", **fields), 12
+    for order in (1, 2, 3):
+        for kind in ("bh1", "bh2"):
+            for end in ("zero", "sigma_min"):
+                for lower in (True, False):
+                    for fields in ({}, {"predict_x0": False}, {"disable_corrector": [0, 2, 3]}):
+                        fields = {**fields, "solver_order": order, "solver_type": kind}
+                        fields |= {"final_sigmas_type": end, "lower_order_final": lower}
+                        yield "unipc", file(prediction="v_prediction", **fields), 12
+        for lower in (True, False):
+            for steps in (4, 12, 20):
+                fields = {"solver_order": order, "lower_order_final": lower}
+                yield "deis", file(prediction="v_prediction", **fields), steps
+    for variance in ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned"):
+        yield "ddpm", file(variance_type=variance), 20
+    for schedule in ("laplace", "sigmoid", "exp"):
+        for name in ("ddpm", "heun"):
+            yield name, file(beta_schedule=schedule, clip_sample=True), 20
+    for fields in ({"original_inference_steps": 100}, {"original_inference_steps": 30}, {"timestep_scaling": 3.0}):
+        for name in ("lcm", "tcd"):
+            for steps in (3, 8, 31):
+                yield name, file(prediction="v_prediction", **fields), steps
     for prediction in PREDICTIONS:
         for fields in (
             {"use_lu_lambdas": True},
@@ -218,19 +291,42 @@ def special():
                 yield "dpmpp_2m", file(prediction=prediction, **fields), steps
 
 
+def statistics(name, config, steps, runs):
+    """Mean and deviation of the final latents with the reference's own noise.
+
+    By phase of the network: numbers of equal phase are equally distributed.
+    """
+    torch.manual_seed(0)
+    finals = torch.stack([loop(name, config, steps, seed, path=None)[2].double() for seed in range(runs)])
+    phases = (torch.arange(finals.shape[1]) * 5) % 13
+    groups = [finals[:, phases == phase] for phase in range(13)]
+    return {
+        "name": name,
+        "config": config,
+        "steps": steps,
+        "runs": runs,
+        "mean": [number(g.mean()) for g in groups],
+        "deviation": [number(g.std()) for g in groups],
+    }
+
+
 def number(value):
-    """Seven digits are enough for a tolerance of 1e-5."""
-    return float(f"{float(value):.7g}")
+    """Six digits are enough for a tolerance of 1e-5."""
+    return float(f"{float(value):.6g}")
 
 
 def main():
     torch.set_num_threads(1)
     configs, timesteps, rows = [], [], []
 
+    places = {}
+
     def index(of, item):
-        if item not in of:
+        key = (id(of), json.dumps(item))
+        if key not in places:
+            places[key] = len(of)
             of.append(item)
-        return of.index(item)
+        return places[key]
 
     for count, (name, config, steps) in enumerate(dict.fromkeys((n, json.dumps(c), s) for n, c, s in cases())):
         seed = 1000 + count
@@ -250,13 +346,15 @@ def main():
                 row.append("NaN")
         rows.append(row)
 
+    measured = [statistics("dpmpp_sde", file(prediction=p), 6, 200) for p in PREDICTIONS[:2]]
+
     def lines(items):
         return ",\n".join(json.dumps(i, separators=(",", ":")) for i in items)
 
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(
         f'{{"diffusers":"{diffusers.__version__}","torch":"{torch.__version__.split("+")[0]}",\n'
-        f'"configs":[\n{lines(configs)}\n],\n"timesteps":[\n{lines(timesteps)}\n],\n"cases":[\n{lines(rows)}\n]}}\n'
+        f'"configs":[\n{lines(configs)}\n],\n"timesteps":[\n{lines(timesteps)}\n],\n"cases":[\n{lines(rows)}\n],\n"statistics":[\n{lines(measured)}\n]}}\n'
     )
     failed = sum(isinstance(r[4], str) for r in rows)
     print(f"{len(rows)} goldens, {failed} of them failures, {OUT.stat().st_size} bytes")

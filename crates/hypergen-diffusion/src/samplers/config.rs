@@ -24,6 +24,7 @@ pub(super) enum Preset {
 }
 
 /// The fields from which one sampler is built.
+#[derive(Clone)]
 pub(super) struct Fields {
     class: &'static str,
     map: Map<String, Value>,
@@ -53,6 +54,13 @@ impl Fields {
             map.insert((*name).to_owned(), value);
         }
         Ok(Self { class, map })
+    }
+
+    /// The same without some fields.
+    pub(super) fn without(&self, fields: &[&str]) -> Self {
+        let mut rest = self.clone();
+        rest.map.retain(|name, _| !fields.contains(&name.as_str()));
+        rest
     }
 
     /// An error that names a field, its value and what is wrong with it.

@@ -81,10 +81,10 @@ pub(super) fn clipped_len(fields: &Fields, schedule: &Schedule) -> Result<usize,
 }
 
 struct DpmMultistep {
+    /// Levels of all steps and of the end.
     levels: Vec<Level>,
-    /// Noise over signal at the levels and at the end.
+    /// Noise over signal at each of them.
     ratios: Vec<f64>,
-    end: Level,
     order: usize,
     algorithm: Algorithm,
     heun: bool,
@@ -111,8 +111,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         multistep_levels(fields, &schedule, &plan, ramp, last_timestep, end)?
     };
     let solver = DpmMultistep {
-        end: Level::of_ratio(levels.sigmas.last().copied().unwrap_or(0.0), 0.0),
-        levels: ratio_levels(&levels),
+        levels: levels.keeping(),
         ratios: levels.sigmas.into_iter().map(f64::from).collect(),
         order,
         algorithm,
@@ -121,15 +120,13 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         euler_at_final: fields.flag("euler_at_final", false)?,
         zero_at_final: end == FinalSigma::Zero,
     };
-    if algorithm.stochastic && !algorithm.clean && (0..steps).any(|step| solver.order_at(step) == 3) {
+    if algorithm.stochastic
+        && !algorithm.clean
+        && (0..solver.evaluations()).any(|step| solver.order_at(step) == 3)
+    {
         return Err(fields.error("algorithm_type", "has no third order; it needs a \"solver_order\" of 2"));
     }
     Ok(Built { solver: Box::new(solver), prediction, bound })
-}
-
-/// Levels that keep the variance, from a run's sigmas.
-pub(super) fn ratio_levels(levels: &Levels) -> Vec<Level> {
-    levels.sigmas.iter().zip(&levels.timesteps).map(|(&s, &t)| Level::of_ratio(s, t)).collect()
 }
 
 /// Steps of equal logarithm of signal over noise, as the solver's authors first had them.
@@ -150,7 +147,7 @@ fn lu_levels(schedule: &Schedule, plan: &Plan, end: FinalSigma) -> Result<Levels
 impl DpmMultistep {
     /// The order of a step, given the steps before it.
     fn order_at(&self, step: usize) -> usize {
-        let steps = self.levels.len();
+        let steps = self.evaluations();
         let few = self.lower_order_final && steps < 15;
         let order = self.order.min(step + 1);
         match steps - step {
@@ -163,20 +160,20 @@ impl DpmMultistep {
 
 impl Solver for DpmMultistep {
     fn evaluations(&self) -> usize {
-        self.levels.len()
+        self.levels.len() - 1
     }
 
     fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
         // Newest first, at most three.
         let mut outputs: Vec<Vec<f32>> = Vec::new();
         let mut fresh = vec![0.0; x.len()];
-        for (step, from) in self.levels.iter().enumerate() {
+        for (step, pair) in self.levels.windows(2).enumerate() {
+            let [from, to] = [&pair[0], &pair[1]];
             outputs.insert(0, self.algorithm.output(model, x, from)?);
             outputs.truncate(3);
             if self.algorithm.stochastic {
                 draw(&mut fresh);
             }
-            let to = self.levels.get(step + 1).unwrap_or(&self.end);
             // Logarithm of signal over noise, and how far it went in each step.
             let lambda = |i: usize| -self.ratios[i].ln();
             let [h, past @ ..] = [0, 1, 2].map(|back| match step.checked_sub(back) {
@@ -239,8 +236,8 @@ impl Weights {
     /// For a step between two levels whose logarithms of signal over noise
     /// are `h` apart, which may be infinite.
     pub(super) fn new(algorithm: Algorithm, from: &Level, to: &Level, h: f64) -> Self {
-        // The integrals of the exponential against 1, t and t^2.
         let (from, to) = (Wide::new(from), Wide::new(to));
+        // What integrals of the exponential against 1 and t are made of.
         let phi1 = |e: f64| e.exp_m1() / e;
         let phi2 = |e: f64| (e.exp_m1() - e) / (e * e);
         match (algorithm.clean, algorithm.stochastic) {

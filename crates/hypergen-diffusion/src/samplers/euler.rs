@@ -23,9 +23,7 @@ struct Euler {
 impl Euler {
     fn new(levels: Levels, spacing: Spacing, ancestral: bool) -> Self {
         let initial_scale = spacing.initial_scale(&levels.sigmas);
-        let Levels { timesteps, sigmas } = levels;
-        let levels = sigmas.iter().zip(&timesteps).map(|(&s, &t)| Level::growing(s, t)).collect();
-        Self { levels, sigmas, initial_scale, ancestral }
+        Self { levels: levels.growing(), sigmas: levels.sigmas, initial_scale, ancestral }
     }
 }
 

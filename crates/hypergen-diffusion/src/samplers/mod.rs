@@ -13,18 +13,24 @@
 //! no sampler honours is an error, never a silently different picture.
 
 mod beta;
-#[allow(dead_code)]
 mod config;
+mod consistency;
 mod ddim;
+mod ddpm;
+mod deis;
 mod denoiser;
+mod dpm2;
 mod dpm_multistep;
+mod dpm_sde;
+mod dpm_singlestep;
 mod euler;
+mod heun;
+mod lms;
 mod pndm;
-#[allow(dead_code)]
 mod schedule;
-#[allow(dead_code)]
 mod spacing;
 mod table;
+mod unipc;
 
 use thiserror::Error;
 

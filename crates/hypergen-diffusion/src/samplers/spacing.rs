@@ -6,6 +6,7 @@
 //! off by one is another picture.
 
 use super::config::Fields;
+use super::denoiser::Level;
 use super::schedule::{BetaSchedule, Schedule};
 use super::{SamplerError, beta};
 
@@ -57,6 +58,12 @@ impl Plan {
         let spacing = Spacing::new(fields, default)?;
         let offset = fields.integer("steps_offset", 0, 0..=train_steps as i64)?;
         Ok(Self { spacing, steps, train_steps, offset })
+    }
+
+    /// For a class that knows nothing of spacing.
+    pub(super) fn evenly(schedule: &Schedule, steps: usize) -> Result<Self, SamplerError> {
+        check_steps(steps, schedule.len())?;
+        Ok(Self { spacing: Spacing::Linspace, steps, train_steps: schedule.len(), offset: 0 })
     }
 
     /// From noise to clean, both ends included where the spacing has them. May be
@@ -264,11 +271,23 @@ impl Levels {
         let body = &sigmas[..sigmas.len().saturating_sub(1)];
         if !body.windows(2).all(falling) || sigmas.windows(2).any(|p| p[0] < p[1]) {
             return Err(SamplerError::Steps(format!(
-                "two of {} steps would have the same noise level; ask for fewer steps",
+                "the noise does not fall at each of {} steps; ask for fewer steps, or look at sigma_min and \
+                 sigma_max if the scheduler's configuration has them",
                 timesteps.len()
             )));
         }
         Ok(Self { timesteps, sigmas })
+    }
+
+    /// Levels of latents that grow with sigma, one for each timestep.
+    pub(super) fn growing(&self) -> Vec<Level> {
+        self.sigmas.iter().zip(&self.timesteps).map(|(&s, &t)| Level::growing(s, t)).collect()
+    }
+
+    /// Levels of latents that keep their variance, and that of the end.
+    pub(super) fn keeping(&self) -> Vec<Level> {
+        let timesteps = self.timesteps.iter().copied().chain([0.0]);
+        self.sigmas.iter().zip(timesteps).map(|(&s, t)| Level::of_ratio(s, t)).collect()
     }
 }
 

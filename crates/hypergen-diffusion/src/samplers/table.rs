@@ -12,7 +12,8 @@ use std::str::FromStr;
 use serde_json::Value;
 
 use super::config::{Fields, Preset, object};
-use super::{Built, SamplerError, ddim, dpm_multistep, euler, pndm};
+use super::{Built, SamplerError, consistency, ddim, ddpm, deis, dpm_multistep, dpm_sde, dpm2};
+use super::{dpm_singlestep, euler, heun, lms, pndm, unipc};
 
 /// A sampler that users may name.
 #[derive(Clone, Copy)]
@@ -79,8 +80,39 @@ const TABLE: &[SamplerKind] = table![
         "Euler's method: deterministic, simple and robust";
     one "euler_a", euler::ANCESTRAL_CLASS, euler::build_ancestral, [],
         "Euler's method with fresh noise at each step: varied, never settles";
+    four "heun", heun::CLASS, heun::build, [],
+        "Heun's method: as Euler's with twice the work, more exact";
+    four "dpm2", dpm2::CLASS, dpm2::build, [],
+        "DPM-Solver-2: twice the work per step, more exact";
+    four "dpm2_a", dpm2::ANCESTRAL_CLASS, dpm2::build_ancestral, [],
+        "DPM-Solver-2 with fresh noise at each step";
+    four "lms", lms::CLASS, lms::build, [],
+        "Linear multistep method over the last four slopes";
     four "dpmpp_2m", dpm_multistep::CLASS, dpm_multistep::build, [],
         "DPM-Solver++ of second order over past steps: good from 15 steps";
+    four "dpmpp_2m_sde", dpm_multistep::CLASS, dpm_multistep::build,
+        [("algorithm_type", Preset::Text("sde-dpmsolver++"))],
+        "DPM-Solver++ over past steps with fresh noise: fine detail from 25 steps";
+    four "dpmpp_3m_sde", dpm_multistep::CLASS, dpm_multistep::build,
+        [("algorithm_type", Preset::Text("sde-dpmsolver++")), ("solver_order", Preset::Integer(3))],
+        "DPM-Solver++ of third order with fresh noise: for many steps";
+    four "dpmpp_2s", dpm_singlestep::CLASS, dpm_singlestep::build, [],
+        "DPM-Solver++ of second order in pairs of steps";
+    four "dpmpp_2s_a", dpm_singlestep::CLASS, dpm_singlestep::build,
+        [("algorithm_type", Preset::Text("sde-dpmsolver++"))],
+        "DPM-Solver++ in pairs of steps with fresh noise";
+    four "dpmpp_sde", dpm_sde::CLASS, dpm_sde::build, [],
+        "DPM-Solver++ along a Brownian path: twice the work, good from 10 steps";
+    four "unipc", unipc::CLASS, unipc::build, [],
+        "Unified predictor-corrector: good from 10 steps";
+    four "deis", deis::CLASS, deis::build, [],
+        "Exponential integrator over past steps: good from 15 steps";
+    one "ddpm", ddpm::CLASS, ddpm::build, [],
+        "The chain of the first diffusion models: fresh noise, wants many steps";
+    one "lcm", consistency::LCM_CLASS, consistency::build_lcm, [],
+        "For latent consistency models: 1 to 8 steps";
+    one "tcd", consistency::TCD_CLASS, consistency::build_tcd, [],
+        "For models of trajectory consistency distillation: 1 to 8 steps";
 ];
 
 impl SamplerKind {

@@ -1,0 +1,89 @@
+//! DPM-Solver-2 as k-diffusion has it (after Karras et al. 2022, arXiv 2206.00364,
+//! algorithm 2, with the second evaluation in the logarithmic middle), and its
+//! ancestral form: `KDPM2DiscreteScheduler` and `KDPM2AncestralDiscreteScheduler`.
+
+use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::euler::ancestral;
+use super::schedule::{BetaDefaults, Schedule};
+use super::spacing::{LogSigmas, Plan, Ramp, Spacing, k_diffusion_levels};
+use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+
+pub(super) const CLASS: &str = "KDPM2DiscreteScheduler";
+pub(super) const ANCESTRAL_CLASS: &str = "KDPM2AncestralDiscreteScheduler";
+
+struct Step {
+    from: Level,
+    /// Where the network is asked again, if it is.
+    middle: Option<Level>,
+    /// Sigma to which the slope leads.
+    down: f32,
+    /// Factor of fresh noise after that.
+    up: f32,
+}
+
+struct Dpm2 {
+    steps: Vec<Step>,
+    initial_scale: f32,
+    ancestral: bool,
+}
+
+pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
+    build_either(fields, steps, false)
+}
+
+pub(super) fn build_ancestral(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
+    build_either(fields, steps, true)
+}
+
+fn build_either(fields: &Fields, steps: usize, with_noise: bool) -> Result<Built, SamplerError> {
+    let schedule = Schedule::new(fields, &BetaDefaults::SECOND_ORDER)?;
+    let plan = Plan::new(fields, &schedule, Spacing::Linspace, steps)?;
+    let prediction = Prediction::epsilon_or_v(fields)?;
+    let ramp = Ramp::new(fields)?;
+    let levels = k_diffusion_levels(fields, &schedule, &plan, ramp)?;
+    let logs = LogSigmas::new(&schedule.sigmas());
+    let step = |(pair, &t): (&[f32], &f64)| {
+        let (sigma, next) = (pair[0], pair[1]);
+        let (down, up) = if with_noise { ancestral(sigma, next) } else { (next, 0.0) };
+        // This class rounds the Karras timesteps, but not those in the middle.
+        let t = if ramp == Some(Ramp::Karras) { t.round_ties_even() } else { t };
+        let middle = (next > 0.0 && down > 0.0).then(|| {
+            let (far, near) = (sigma.ln(), down.ln());
+            let sigma = (far - (far - near) * 0.5).exp();
+            Level::growing(sigma, logs.timestep(sigma.into()))
+        });
+        Step { from: Level::growing(sigma, t), middle, down, up }
+    };
+    let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step).collect();
+    let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
+    let solver = Box::new(Dpm2 { steps, initial_scale, ancestral: with_noise });
+    Ok(Built { solver, prediction, bound: Bound::None })
+}
+
+impl Solver for Dpm2 {
+    fn evaluations(&self) -> usize {
+        self.steps.iter().map(|s| 1 + usize::from(s.middle.is_some())).sum()
+    }
+
+    fn initial_scale(&self) -> f32 {
+        self.initial_scale
+    }
+
+    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
+        let mut fresh = vec![0.0; x.len()];
+        for Step { from, middle, down, up } in &self.steps {
+            let mut slope = model.noise(x, from)?;
+            if let Some(middle) = middle {
+                let way = middle.sigma - from.sigma;
+                let there = combine([(1.0, x), (way.into(), &slope)]);
+                slope = model.noise(&there, middle)?;
+            }
+            *x = combine([(1.0, x), ((down - from.sigma).into(), &slope)]);
+            if self.ancestral && *up > 0.0 {
+                draw(&mut fresh);
+                *x = combine([(1.0, x), ((*up).into(), &fresh)]);
+            }
+        }
+        Ok(())
+    }
+}
