@@ -95,3 +95,59 @@ fn advance(x: &[f32], clean: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f
     let kept = f64::from(down / from);
     combine([(kept, x), (1.0 - kept, clean), (up.min(to).into(), noise)])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Model, Sampler};
+    use super::*;
+
+    /// Predicts no noise, so that latents move by what is drawn alone.
+    struct Nothing;
+
+    impl Model for Nothing {
+        fn predict(&mut self, x: &[f32], _: f32) -> Result<Vec<f32>, Stop> {
+            Ok(vec![0.0; x.len()])
+        }
+    }
+
+    /// A Brownian path's increment over a whole step has unit variance in its own
+    /// measure, and shares with the one over the first half what the half has of the whole.
+    #[test]
+    fn increments_are_those_of_a_brownian_path() {
+        let config = serde_json::json!({"beta_schedule": "scaled_linear"});
+        let kind = "dpmpp_sde".parse().ok();
+        let sampler = Sampler::new(kind, &config, 4).unwrap();
+        // With the clean sample equal to the latents, the final latents are linear in
+        // the draws. The response to each draw alone gives their whole law.
+        let response = |which: usize| {
+            let mut drawn = 0;
+            let mut x = vec![0.0];
+            let mut draw = |noise: &mut [f32]| {
+                noise.fill(if drawn == which { 1.0 } else { 0.0 });
+                drawn += 1;
+            };
+            sampler.run(&mut x, &mut Nothing, &mut draw).unwrap();
+            (f64::from(x[0]), drawn)
+        };
+        let (_, draws) = response(usize::MAX);
+        assert_eq!(draws, 6, "two for each step but the last");
+        // What a step leaves of noise in latents that it keeps is `up` of the whole step.
+        let variance: f64 = (0..draws).map(|i| response(i).0.powi(2)).sum();
+        let fields = Fields::new(CLASS, &config, &[]).unwrap();
+        let schedule = Schedule::new(&fields, &BetaDefaults::SECOND_ORDER).unwrap();
+        let plan = Plan::new(&fields, &schedule, Spacing::Linspace, 4).unwrap();
+        let sigmas = k_diffusion_levels(&fields, &schedule, &plan, None).unwrap().sigmas;
+        let ups = sigmas.windows(2).map(|p| f64::from(ancestral(p[0], p[1]).1));
+        // The clean sample of the second evaluation carries the middle's noise too.
+        let mut expected = 0.0;
+        for (pair, up) in sigmas.windows(2).zip(ups).filter(|(p, _)| p[1] > 0.0) {
+            let (from, to) = (f64::from(pair[0]), f64::from(pair[1]));
+            let middle = (from * to).sqrt();
+            let kept = f64::from(ancestral(pair[0], pair[1]).0) / from;
+            let way = f64::from(ancestral(pair[0], middle as f32).1) * (1.0 - kept);
+            let shared = ((from - middle) / (from - to)).sqrt();
+            expected += up * up + way * way + 2.0 * up * way * shared;
+        }
+        assert!((variance / expected - 1.0).abs() < 1e-4, "{variance} for {expected}");
+    }
+}
