@@ -140,10 +140,13 @@ impl Loaded {
     }
 }
 
-/// Largest difference of a latent, as a fraction of the latents' scale.
-const LATENTS: f64 = 1e-3;
-/// Smallest PSNR of a picture in dB.
-const PICTURE: f64 = 60.0;
+/// Largest difference of a latent, as a fraction of the latents' scale. What is
+/// promised is 1e-3; the worst case of any instruction set is at 3e-5, and more
+/// would be a defect that the promise hides.
+const LATENTS: f64 = 2e-4;
+/// Smallest PSNR of a picture in dB. Promised are 60, found 80 and more; in the
+/// smallest picture, of 192 numbers, a single one that rounds otherwise makes 71.
+const PICTURE: f64 = 70.0;
 
 fn check(checkpoint: &str) {
     let goldens = Goldens::read();
