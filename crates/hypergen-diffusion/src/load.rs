@@ -44,6 +44,11 @@ impl DTypeChoice {
             Self::Float16 => "float16",
         }
     }
+
+    /// What the user should know of the choice, if anything.
+    pub fn caveat(self) -> Option<&'static str> {
+        (self == Self::Float16).then_some("float16 is a GPU's type: the CPU computes in bfloat16 instead")
+    }
 }
 
 impl fmt::Display for DTypeChoice {

@@ -25,6 +25,9 @@ pub(crate) fn announce(app: &Shared, config: &ServeConfig) {
             );
         }
     }
+    if let Some(caveat) = config.dtype.caveat() {
+        tracing::warn!("{caveat}");
+    }
     if app.keys.is_empty() && !app.address.ip().is_loopback() {
         tracing::warn!(
             "ANYBODY who reaches {} can use this server: it listens beyond this machine and has no key. \

@@ -57,6 +57,9 @@ pub(crate) fn run(args: &GenerateArgs, console: &mut Console<'_>) -> anyhow::Res
     check(args)?;
     let output = Output::plan(args.output.as_deref(), args.count)?;
     let interrupt = Interrupt::install()?;
+    if let Some(caveat) = args.dtype.caveat() {
+        console.tell(&format!("warning: {caveat}"));
+    }
     let options = LoadOptions { dtype: args.dtype, threads: args.threads.map(|n| n.get().into()) };
     let mut pipeline = {
         let loading = Loading::start();

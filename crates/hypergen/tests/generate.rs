@@ -69,6 +69,18 @@ fn a_random_seed_is_told_and_draws_the_same_again() {
 }
 
 #[test]
+fn float16_is_told_to_be_bfloat16_and_is_it() {
+    let sandbox = Sandbox::new();
+    let output =
+        sandbox.run(&quick(&["--seed", "1", "--dtype", "float16", "--no-metadata", "-o", "half.png"]));
+    assert_eq!(output.status.code(), Some(0));
+    assert!(text(&output.stderr).starts_with("warning: float16"), "{}", text(&output.stderr));
+    sandbox.succeed(&quick(&["--seed", "1", "--dtype", "bfloat16", "--no-metadata", "-o", "brain.png"]));
+    let [half, brain] = ["half.png", "brain.png"].map(|n| fs::read(sandbox.file(n)).expect("a file"));
+    assert_eq!(half, brain);
+}
+
+#[test]
 fn the_same_request_gives_the_same_bytes_with_any_number_of_threads() {
     let sandbox = Sandbox::new();
     for dtype in ["float32", "bfloat16"] {
