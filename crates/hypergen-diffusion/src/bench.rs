@@ -150,13 +150,12 @@ fn draw(pipeline: &mut Pipeline, requests: &[Request], watch: &mut Watch) -> Res
 /// Every round has prompts of its own: the latest are remembered.
 fn request(options: &BenchOptions, size: Size, round: usize, index: usize) -> Request {
     Request {
-        prompt: format!("round {round}, picture {index}"),
         negative_prompt: Some(format!("round {round}")),
         size,
         steps: options.steps,
         guidance_scale: options.guidance_scale,
         seed: index as u64,
-        sampler: None,
+        ..Request::new(format!("round {round}, picture {index}"))
     }
 }
 

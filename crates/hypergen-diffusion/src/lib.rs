@@ -19,6 +19,7 @@ mod memory;
 pub mod models;
 mod pipeline;
 pub mod presets;
+pub mod prompt;
 mod request;
 pub mod samplers;
 pub mod tokenizer;
@@ -26,4 +27,7 @@ pub mod tokenizer;
 pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};
-pub use request::{GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS, Size};
+pub use request::{
+    CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS,
+    Size,
+};

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::prompt::{self, LoraTag, PromptSyntax};
 use crate::samplers::SamplerKind;
 
 /// A parameter's name, range and default, declared once.
@@ -44,6 +45,13 @@ pub const STEPS: Range<usize> = Range { name: "num_inference_steps", min: 1, max
 pub const GUIDANCE_SCALE: Range<f64> = Range { name: "guidance_scale", min: 1.0, max: 20.0, default: 7.5 };
 /// Pictures of one request.
 pub const IMAGES: Range<usize> = Range { name: "n", min: 1, max: 10, default: 1 };
+/// Layers of the text encoder left out at its end, as diffusers counts them: 1
+/// is the penultimate layer (what A1111 calls 2). A model has fewer layers than
+/// the largest value; see [`crate::Generator::check`].
+pub const CLIP_SKIP: Range<usize> = Range { name: "clip_skip", min: 0, max: 32, default: 0 };
+/// How far guided predictions are brought back to the spread of unguided ones
+/// (Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4).
+pub const GUIDANCE_RESCALE: Range<f64> = Range { name: "guidance_rescale", min: 0.0, max: 1.0, default: 0.0 };
 /// Strength of a LoRA.
 pub const LORA_SCALE: Range<f64> = Range { name: "lora_scale", min: 0.0, max: 2.0, default: 1.0 };
 
@@ -151,14 +159,62 @@ pub struct Request {
     pub seed: u64,
     /// `None`: the checkpoint's own.
     pub sampler: Option<SamplerKind>,
+    /// How both prompts are read.
+    pub prompt_syntax: PromptSyntax,
+    /// In [`CLIP_SKIP`]. As in diffusers it is for the prompt alone, but in
+    /// the A1111 syntax, where it is for both prompts, as in that program.
+    pub clip_skip: usize,
+    /// In [`GUIDANCE_RESCALE`]; without effect where guidance is off.
+    pub guidance_rescale: f64,
 }
 
 impl Request {
+    /// A request for this prompt with the API's default for everything else.
+    pub fn new(prompt: impl Into<String>) -> Self {
+        Self {
+            prompt: prompt.into(),
+            negative_prompt: None,
+            size: Size::DEFAULT,
+            steps: STEPS.default,
+            guidance_scale: GUIDANCE_SCALE.default,
+            seed: 0,
+            sampler: None,
+            prompt_syntax: PromptSyntax::default(),
+            clip_skip: CLIP_SKIP.default,
+            guidance_rescale: GUIDANCE_RESCALE.default,
+        }
+    }
+
     /// Whether both can share forward passes.
     pub fn agrees_with(&self, other: &Request) -> bool {
         self.size == other.size
             && self.steps == other.steps
             && self.guidance_scale == other.guidance_scale
+            && self.guidance_rescale == other.guidance_rescale
             && self.sampler == other.sampler
+            && self.as_long_as(other)
+    }
+
+    /// Whether the text encoders give equally many tokens for both. In plain
+    /// syntax all prompts have the same number; in the other it takes the
+    /// tokenizer to tell, so only equal prompts are known to.
+    fn as_long_as(&self, other: &Request) -> bool {
+        let plain = |r: &Request| r.prompt_syntax == PromptSyntax::Plain;
+        plain(self) && plain(other)
+            || self.prompt_syntax == other.prompt_syntax
+                && self.prompt == other.prompt
+                && self.negative_prompt == other.negative_prompt
+    }
+
+    /// The LoRAs that the prompt names, in their order. In plain syntax there
+    /// are none: a tag is text like all others.
+    ///
+    /// # Errors
+    /// When the prompt cannot be read.
+    pub fn lora_tags(&self) -> Result<Vec<LoraTag>, ParameterError> {
+        match self.prompt_syntax {
+            PromptSyntax::Plain => Ok(vec![]),
+            PromptSyntax::A1111 => Ok(prompt::parse("prompt", &self.prompt)?.loras),
+        }
     }
 }

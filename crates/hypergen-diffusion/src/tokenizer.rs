@@ -16,6 +16,8 @@ use crate::{Error, ErrorKind};
 
 const BOS: &str = "<|startoftext|>";
 const EOS: &str = "<|endoftext|>";
+/// A comma that ends a word, as CLIP's vocabulary writes it.
+const COMMA: &str = ",</w>";
 /// CLIP's split into words, from its `simple_tokenizer.py`.
 const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
@@ -28,6 +30,7 @@ pub struct Tokenizer {
     bos: u32,
     eos: u32,
     pad: u32,
+    comma: Option<u32>,
     length: usize,
 }
 
@@ -95,7 +98,8 @@ impl Tokenizer {
                 format!("'model_max_length' is {length}, but the text encoder has {positions} positions"),
             ));
         }
-        Ok(Self { inner, bos, eos, pad, length })
+        let comma = inner.token_to_id(COMMA);
+        Ok(Self { inner, bos, eos, pad, comma, length })
     }
 
     /// Tokens of every encoded prompt, begin and end included.
@@ -103,31 +107,53 @@ impl Tokenizer {
         self.length
     }
 
-    /// Encodes a prompt, padded or truncated to [`Tokenizer::length`].
+    /// Tokens that a text may have, begin and end not among them.
+    pub fn room(&self) -> usize {
+        self.length - 2
+    }
+
+    /// The token of a comma by itself, if the vocabulary has one.
+    pub fn comma(&self) -> Option<u32> {
+        self.comma
+    }
+
+    /// The tokens of a text of any length, without begin, end and padding.
     ///
     /// # Errors
     /// When the tokenizer's files lead it into a token that it does not have.
-    pub fn encode(&self, text: &str) -> Result<Tokens, Error> {
-        let failed = |e: tokenizers::Error| {
-            Error::new(ErrorKind::Internal, format!("cannot tokenize the prompt: {e}"))
-        };
-        let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
-        let words = encoding.get_ids();
-        let room = self.length - 2;
-        let (kept, rest) = words.split_at(words.len().min(room));
+    pub fn words(&self, text: &str) -> Result<Vec<u32>, Error> {
+        Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// Puts begin, end and padding around at most [`Tokenizer::room`] tokens;
+    /// further ones are left out.
+    pub fn frame(&self, words: &[u32]) -> Vec<u32> {
         let mut ids = Vec::with_capacity(self.length);
         ids.push(self.bos);
-        ids.extend_from_slice(kept);
+        ids.extend(words.iter().take(self.room()));
         ids.push(self.eos);
         ids.resize(self.length, self.pad);
-        let truncated = match rest {
-            [] => None,
-            rest => {
+        ids
+    }
+
+    /// Encodes a prompt, padded or truncated to [`Tokenizer::length`].
+    ///
+    /// # Errors
+    /// As [`Tokenizer::words`].
+    pub fn encode(&self, text: &str) -> Result<Tokens, Error> {
+        let words = self.words(text)?;
+        let truncated = match words.get(self.room()..) {
+            None | Some([]) => None,
+            Some(rest) => {
                 Some(self.inner.decode(rest, false).map_err(failed)?.replace("</w>", " ").trim().to_owned())
             }
         };
-        Ok(Tokens { ids, truncated })
+        Ok(Tokens { ids: self.frame(&words), truncated })
     }
+}
+
+fn failed(e: tokenizers::Error) -> Error {
+    Error::new(ErrorKind::Internal, format!("cannot tokenize the prompt: {e}"))
 }
 
 /// A special token is a string, or an object that holds one. A token that is

@@ -142,13 +142,11 @@ impl App {
 fn samplers(generator: &dyn Generator, model: &ModelInfo) -> Vec<SamplerKind> {
     let able = |sampler| {
         let request = Request {
-            prompt: String::new(),
-            negative_prompt: None,
             size: model.native_size,
             steps: model.default_steps.unwrap_or(STEPS.default),
             guidance_scale: model.default_guidance.unwrap_or(GUIDANCE_SCALE.default),
-            seed: 0,
             sampler,
+            ..Request::new("")
         };
         generator.check(&request).is_ok()
     };

@@ -192,15 +192,7 @@ mod tests {
     use super::*;
 
     fn request(steps: usize) -> Request {
-        Request {
-            prompt: "x".to_owned(),
-            negative_prompt: None,
-            size: Size { width: 64, height: 64 },
-            steps,
-            guidance_scale: 7.5,
-            seed: 0,
-            sampler: None,
-        }
+        Request { size: Size { width: 64, height: 64 }, steps, ..Request::new("x") }
     }
 
     /// A queue with jobs of (pictures, steps), and what keeps them wanted.

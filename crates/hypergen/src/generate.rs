@@ -155,13 +155,13 @@ fn requests(args: &GenerateArgs, info: &ModelInfo, seed: u64) -> anyhow::Result<
         None => info.default_guidance.unwrap_or(guidance.default),
     };
     let first = Request {
-        prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
         size: SizeChoice::parse(args.size.as_deref())?.resolve(info.native_size),
         steps: args.steps.or(info.default_steps).unwrap_or(STEPS.default),
         guidance_scale,
         seed,
         sampler: args.sampler,
+        ..Request::new(&args.prompt)
     };
     Ok((0..args.count as u64).map(|i| Request { seed: seed.wrapping_add(i), ..first.clone() }).collect())
 }

@@ -42,7 +42,6 @@ impl Case {
     /// The request that draws it.
     pub(crate) fn request(&self) -> Request {
         Request {
-            prompt: self.prompt.clone(),
             negative_prompt: self.negative_prompt.clone(),
             size: Size::new(self.width, self.height).expect("a size in the fixture"),
             steps: self.steps,
@@ -50,6 +49,7 @@ impl Case {
             guidance_scale: self.guidance_scale.max(1.0),
             seed: self.seed,
             sampler: self.sampler.as_ref().map(|s| s.parse().expect("a sampler in the fixture")),
+            ..Request::new(&self.prompt)
         }
     }
 

@@ -309,13 +309,13 @@ impl Parameters {
     /// for a LoRA, which cannot be applied yet.
     pub fn read(&self, fields: &Fields, random_seed: impl FnOnce() -> u64) -> Result<ImageRequest, ApiError> {
         let first = Request {
-            prompt: self.read_prompt(fields)?,
             negative_prompt: fields.string(self.negative_prompt.name)?,
             size: self.read_size(fields)?,
             steps: self.steps.read(fields)?.map_or(STEPS.default, index),
             guidance_scale: self.guidance_scale.read(fields)?,
             seed: self.seed.read(fields)?.unwrap_or_else(random_seed),
             sampler: self.sampler.read(fields)?.and_then(|name| name.parse().ok()),
+            ..Request::new(self.read_prompt(fields)?)
         };
         self.quality.read(fields)?;
         let request = ImageRequest {

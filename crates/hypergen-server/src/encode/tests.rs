@@ -234,13 +234,12 @@ fn text_within_a_room_never_exceeds_it() {
 #[test]
 fn a_model_keeps_its_name_and_loses_its_folder() {
     let request = hypergen_diffusion::Request {
-        prompt: "p".to_owned(),
         negative_prompt: Some(String::new()),
         size: Size { width: 8, height: 16 },
         steps: 4,
         guidance_scale: 1.0,
         seed: 7,
-        sampler: None,
+        ..hypergen_diffusion::Request::new("p")
     };
     let info = |name: &str| hypergen_diffusion::ModelInfo {
         name: name.to_owned(),

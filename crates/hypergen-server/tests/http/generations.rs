@@ -14,15 +14,7 @@ fn keys(data: &Value) -> Vec<&str> {
 }
 
 fn request(prompt: &str, size: usize, seed: u64) -> Request {
-    Request {
-        prompt: prompt.to_owned(),
-        negative_prompt: None,
-        size: Size { width: size, height: size },
-        steps: 50,
-        guidance_scale: 7.5,
-        seed,
-        sampler: None,
-    }
+    Request { size: Size { width: size, height: size }, seed, ..Request::new(prompt) }
 }
 
 #[tokio::test]
