@@ -28,6 +28,8 @@ pub trait Element:
     fn to_f32(self) -> f32;
     /// Rounds a float32 to the nearest value, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// Takes a bfloat16, which both types hold exactly.
+    fn from_bf16(value: bf16) -> Self;
 }
 
 impl Element for f32 {
@@ -40,6 +42,10 @@ impl Element for f32 {
     fn from_f32(value: f32) -> Self {
         value
     }
+    #[inline(always)]
+    fn from_bf16(value: bf16) -> Self {
+        value.to_f32()
+    }
 }
 
 impl Element for bf16 {
@@ -51,6 +57,10 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         bf16::from_f32(value)
+    }
+    #[inline(always)]
+    fn from_bf16(value: bf16) -> Self {
+        value
     }
 }
 

@@ -39,6 +39,6 @@ pub use conv::{ConvShape, conv2d};
 pub use cpu::{Cpu, CpuConfig, CpuError};
 pub use element::{Element, ElementKind};
 pub use elementwise::{activate, add, concat_columns, convert};
-pub use gemm::{Activation, Epilogue, GroupBias, PackedMatrix, geglu, linear};
+pub use gemm::{Activation, Epilogue, GroupBias, PANEL_OUTPUTS, PackedMatrix, add_product, geglu, linear};
 pub use isa::Isa;
 pub use norm::{GroupNormShape, group_norm, group_norm_scale_shift, layer_norm};

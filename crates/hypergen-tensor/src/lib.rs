@@ -5,6 +5,7 @@
 //! `group_norm`, `attention`), not primitives: there is no autograd, no graph
 //! and no strided view, and there will be none. This crate knows no model.
 
+mod changes;
 mod checkpoint;
 mod device;
 pub mod ops;
@@ -13,6 +14,7 @@ pub mod random;
 mod tensor;
 mod weights;
 
+pub use changes::{Change, Changed, Delta, Magnitude, Module, Product, apply, bytes_to_change};
 pub use checkpoint::{Checkpoint, CheckpointError, FileDType, TensorInfo};
 pub use device::{Device, DeviceConfig};
 pub use hypergen_cpu::{Activation, CpuError};

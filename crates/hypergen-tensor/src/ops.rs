@@ -80,7 +80,13 @@ pub fn linear(x: &Tensor, layer: &Linear, epilogue: Epilogue<'_>) -> Tensor {
         let shape = x.shape().with_last(layer.matrix.n());
         let lowered = epilogue.lower::<T>(layer.bias.as_deref(), shape);
         Tensor::build::<T>(x.device(), shape, |out| {
-            kernels::linear(x.device().cpu_kernels(), x.slice(), T::matrix(&layer.matrix), &lowered, out);
+            kernels::linear(
+                x.device().cpu_kernels(),
+                x.slice(),
+                T::matrix(&layer.matrix.get()),
+                &lowered,
+                out,
+            );
         })
     }
     assert_eq!(
@@ -101,7 +107,7 @@ pub fn geglu(x: &Tensor, layer: &GegluProjection) -> Tensor {
         let shape = x.shape().with_last(layer.matrix.n() / 2);
         Tensor::build::<T>(x.device(), shape, |out| {
             let bias = layer.bias.as_deref();
-            kernels::geglu(x.device().cpu_kernels(), x.slice(), T::matrix(&layer.matrix), bias, out);
+            kernels::geglu(x.device().cpu_kernels(), x.slice(), T::matrix(&layer.matrix.get()), bias, out);
         })
     }
     assert_eq!(
@@ -138,7 +144,7 @@ pub fn conv2d(x: &Tensor, layer: &Conv, window: Window, epilogue: Epilogue<'_>) 
                 x.device().cpu_kernels(),
                 x.slice(),
                 shape,
-                T::matrix(&layer.matrix),
+                T::matrix(&layer.matrix.get()),
                 &lowered,
                 out,
             );

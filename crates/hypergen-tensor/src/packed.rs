@@ -1,4 +1,8 @@
-//! Weights in the form in which operations read them, made once at load.
+//! Weights in the form in which operations read them, made once at load. They
+//! may be exchanged for changed ones (`changes.rs`) and back: the first form
+//! is kept, so that going back costs nothing and restores every bit.
+
+use std::sync::{Arc, PoisonError, RwLock};
 
 use half::bf16;
 use hypergen_cpu::PackedMatrix;
@@ -48,12 +52,70 @@ impl Matrix {
             Self::Bf16(m) => m.k(),
         }
     }
+
+    /// Memory that it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::F32(m) => m.bytes(),
+            Self::Bf16(m) => m.bytes(),
+        }
+    }
+}
+
+/// A packed matrix, and what stands in for it at the moment. Clones are the
+/// same slot.
+#[derive(Clone)]
+pub(crate) struct Slot(Arc<Places>);
+
+struct Places {
+    base: Arc<Matrix>,
+    current: RwLock<Arc<Matrix>>,
+}
+
+impl Slot {
+    pub(crate) fn new(matrix: Matrix) -> Self {
+        let base = Arc::new(matrix);
+        let current = RwLock::new(Arc::clone(&base));
+        Self(Arc::new(Places { base, current }))
+    }
+
+    /// What operations compute with.
+    pub(crate) fn get(&self) -> Arc<Matrix> {
+        // A lock is held only to exchange a pointer: nothing can be half done.
+        Arc::clone(&self.0.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What was loaded.
+    pub(crate) fn base(&self) -> &Arc<Matrix> {
+        &self.0.base
+    }
+
+    /// Lets operations compute with `matrix` from now on, which has the shape
+    /// of the loaded one.
+    pub(crate) fn set(&self, matrix: Arc<Matrix>) {
+        *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = matrix;
+    }
+
+    /// A number that only clones of this slot have.
+    pub(crate) fn address(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
+
+    /// Outputs.
+    pub(crate) fn n(&self) -> usize {
+        self.0.base.n()
+    }
+
+    /// Inputs.
+    pub(crate) fn k(&self) -> usize {
+        self.0.base.k()
+    }
 }
 
 /// A linear layer, `[n, k]` and an optional bias. A 1x1 convolution of a
 /// picture in NHWC is one, too.
 pub struct Linear {
-    pub(crate) matrix: Matrix,
+    pub(crate) matrix: Slot,
     pub(crate) bias: Option<Vec<f32>>,
 }
 
@@ -66,13 +128,13 @@ impl Linear {
 
 /// The projection of a gated feed-forward layer; its halves are interleaved.
 pub struct GegluProjection {
-    pub(crate) matrix: Matrix,
+    pub(crate) matrix: Slot,
     pub(crate) bias: Option<Vec<f32>>,
 }
 
 /// A convolution; kernels are square.
 pub struct Conv {
-    pub(crate) matrix: Matrix,
+    pub(crate) matrix: Slot,
     pub(crate) bias: Option<Vec<f32>>,
     pub(crate) kernel: usize,
 }

@@ -9,8 +9,9 @@ use std::fmt::Display;
 use hypergen_cpu::PackedMatrix;
 
 use crate::Device;
+use crate::changes::Module;
 use crate::checkpoint::{Checkpoint, CheckpointError, Values};
-use crate::packed::{Conv, GegluProjection, Linear, Matrix, Norm};
+use crate::packed::{Conv, GegluProjection, Linear, Matrix, Norm, Slot};
 use crate::tensor::{DType, Tensor};
 
 /// Loads the parts of one checkpoint onto a device, and keeps account of what
@@ -20,6 +21,7 @@ pub struct Loader<'a> {
     device: &'a Device,
     dtype: DType,
     used: RefCell<HashSet<String>>,
+    modules: RefCell<Vec<Module>>,
     progress: &'a dyn Fn(u64),
 }
 
@@ -31,7 +33,7 @@ impl<'a> Loader<'a> {
         dtype: DType,
         progress: &'a dyn Fn(u64),
     ) -> Self {
-        Self { checkpoint, device, dtype, used: RefCell::default(), progress }
+        Self { checkpoint, device, dtype, used: RefCell::default(), modules: RefCell::default(), progress }
     }
 
     /// The root of the names.
@@ -46,6 +48,12 @@ impl<'a> Loader<'a> {
             self.checkpoint.names().filter(|n| !used.contains(*n)).map(str::to_owned).collect();
         unused.sort_unstable();
         unused
+    }
+
+    /// The matrices and convolutions loaded so far, each by the name that it
+    /// has in the checkpoint, wherever it was packed: what can be changed later.
+    pub fn modules(&self) -> Vec<Module> {
+        self.modules.borrow().clone()
     }
 
     fn note(&self, name: &str) {
@@ -116,7 +124,11 @@ impl<'a> Weights<'a> {
         let matrix = pack(loader, parts.len() * outputs, inputs, |row, out| {
             all[row / outputs].read(row % outputs * inputs, out);
         });
-        parts.iter().for_each(|p| p.done("weight"));
+        let matrix = Slot::new(matrix);
+        for (i, part) in parts.iter().enumerate() {
+            part.done("weight");
+            part.module(&matrix, i * outputs, outputs, 1);
+        }
         let bias = match bias {
             false => None,
             true => {
@@ -140,7 +152,9 @@ impl<'a> Weights<'a> {
             DType::F32 => Matrix::F32(PackedMatrix::pack_geglu(cpu, n, inputs, row)),
             DType::Bf16 => Matrix::Bf16(PackedMatrix::pack_geglu(cpu, n, inputs, row)),
         };
+        let matrix = Slot::new(matrix);
         self.done("weight");
+        self.module(&matrix, 0, n, 1);
         Ok(GegluProjection { matrix, bias: Some(self.vector("bias", n)?) })
     }
 
@@ -161,7 +175,9 @@ impl<'a> Weights<'a> {
                 }
             }
         });
+        let matrix = Slot::new(matrix);
         self.done("weight");
+        self.module(&matrix, 0, outputs, kernel);
         Ok(Conv { matrix, bias: Some(self.vector("bias", outputs)?), kernel })
     }
 
@@ -196,6 +212,12 @@ impl<'a> Weights<'a> {
 
     fn values(&self, tensor: &str, shape: &[usize]) -> Result<Values<'a>, CheckpointError> {
         self.loader.checkpoint.tensor(&self.name(tensor), shape)
+    }
+
+    /// Remembers where the module here was packed: `outputs` of `slot` from `first` on.
+    fn module(&self, slot: &Slot, first: usize, outputs: usize, kernel: usize) {
+        let module = Module::new(self.prefix.clone(), slot.clone(), first, outputs, kernel);
+        self.loader.modules.borrow_mut().push(module);
     }
 
     fn done(&self, tensor: &str) {

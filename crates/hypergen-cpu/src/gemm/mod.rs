@@ -12,11 +12,13 @@ mod blocks;
 mod epilogue;
 mod packed;
 mod portable;
+mod rewrite;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
 mod vector;
 
 pub use packed::PackedMatrix;
+pub use rewrite::{PANEL_OUTPUTS, add_product};
 
 pub(crate) use blocks::copy_run;
 pub(crate) use epilogue::{Finish, Output};

@@ -37,8 +37,7 @@ impl<T: Element> PackedMatrix<T> {
     /// `row` is called once for each row, from several threads, so that
     /// nothing but the packed form is ever held whole.
     pub fn pack(cpu: &Cpu, n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let panel = |p: usize| p * PANEL..n.min((p + 1) * PANEL);
-        Self::pack_panels(cpu, n, k, n.div_ceil(PANEL), false, panel, row)
+        Self::pack_panels(cpu, n, k, n.div_ceil(PANEL), false, |p| plain_outputs(n, p), row)
     }
 
     /// Packs a GEGLU projection `[2 h, k]`, rows `0..h` the values and
@@ -49,13 +48,7 @@ impl<T: Element> PackedMatrix<T> {
     /// When `n` is odd.
     pub fn pack_geglu(cpu: &Cpu, n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         assert_eq!(n % 2, 0, "a GEGLU projection has as many gates as values");
-        let h = n / 2;
-        let panel = |p: usize| {
-            let first = p / 2 * PANEL;
-            let shift = p % 2 * h;
-            first + shift..h.min(first + PANEL) + shift
-        };
-        Self::pack_panels(cpu, n, k, 2 * h.div_ceil(PANEL), true, panel, row)
+        Self::pack_panels(cpu, n, k, 2 * (n / 2).div_ceil(PANEL), true, |p| geglu_outputs(n, p), row)
     }
 
     fn pack_panels(
@@ -118,10 +111,37 @@ impl<T: Element> PackedMatrix<T> {
         if self.geglu { 2 * (self.n / 2).div_ceil(PANEL) } else { self.n.div_ceil(PANEL) }
     }
 
+    /// The outputs that lie in a panel, in the checkpoint's order.
+    pub(super) fn outputs_of(&self, p: usize) -> std::ops::Range<usize> {
+        if self.geglu { geglu_outputs(self.n, p) } else { plain_outputs(self.n, p) }
+    }
+
+    /// Values of a panel.
+    pub(super) fn panel_len(&self) -> usize {
+        self.panel_len
+    }
+
+    /// The same shape and layout around other values.
+    pub(super) fn with_data(&self, data: AlignedVec<T>) -> Self {
+        Self { data, ..*self }
+    }
+
     /// The values of one panel.
     pub(crate) fn panel(&self, p: usize) -> &[T] {
         &self.data.as_slice()[p * self.panel_len..][..self.panel_len]
     }
+}
+
+fn plain_outputs(n: usize, p: usize) -> std::ops::Range<usize> {
+    p * PANEL..n.min((p + 1) * PANEL)
+}
+
+/// Values in even panels, their gates in the odd ones.
+fn geglu_outputs(n: usize, p: usize) -> std::ops::Range<usize> {
+    let h = n / 2;
+    let first = p / 2 * PANEL;
+    let shift = p % 2 * h;
+    first + shift..h.min(first + PANEL) + shift
 }
 
 /// Rows that are rounded before they are spread over a panel: the width of a
