@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import blocks
+import families
 import pipelines
 import samplers
 import tokens
@@ -17,6 +18,7 @@ def main() -> None:
         tokens.make(Path(scratch))
         blocks.make()
         pipelines.make(Path(scratch))
+        families.make(Path(scratch))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ pub mod bench;
 mod conditioning;
 mod embedded;
 mod enlarge;
+pub mod families;
 pub mod files;
 mod generator;
 mod load;

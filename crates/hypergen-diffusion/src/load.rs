@@ -9,13 +9,14 @@ use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader};
 use serde_json::Value;
 
 use crate::conditioning::{TextConditioner, TextPart};
+use crate::families::{Family, Traits};
 use crate::files::ModelFiles;
 use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
 use crate::models::unet::{UNet, UNetConfig};
 use crate::models::vae::{Decoder, VaeConfig};
 use crate::samplers::Sampler;
 use crate::tokenizer::Tokenizer;
-use crate::{Error, ErrorKind, GUIDANCE_SCALE, ModelInfo, Pipeline, Size, embedded};
+use crate::{Error, ErrorKind, ModelInfo, ParameterError, Pipeline, Size, embedded};
 
 /// The number type that a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -148,12 +149,19 @@ pub(crate) fn load_files(
     let sampler = Sampler::new(None, &scheduler, 1).map_err(|e| {
         Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
     })?;
-    let side = unet.config().sample_size.unwrap_or(64) * vae.config().factor();
-    let native_size = Size::new(side, side)?;
     let embedded = matches!(files, ModelFiles::Embedded);
+    let family = Family::of(&Traits {
+        embedded,
+        xl: parts.xl,
+        context: unet.config().levels[0].context,
+        guidance_embedding: unet.config().time_cond_proj_dim.is_some(),
+        scheduler: &scheduler,
+    });
+    let native_size = native_size(family, unet.config(), vae.config())
+        .map_err(|e| Error::new(ErrorKind::Model, format!("{}: {e}", files.show("unet/config.json"))))?;
     let info = ModelInfo {
         name: model.map_or_else(|| embedded::NAME.to_owned(), model_name),
-        family: if embedded { "emoji (embedded)".into() } else { parts.family(&unet).into() },
+        family: family.name.into(),
         native_size,
         sampler: sampler.kind().name().to_owned(),
         device: device.name().into(),
@@ -161,12 +169,20 @@ pub(crate) fn load_files(
         dtype: dtype.name().into(),
         threads: device.threads(),
         weight_bytes: parts.packed_bytes(dtype),
-        default_steps: None,
-        default_guidance: None,
-        min_guidance: GUIDANCE_SCALE.min,
+        default_steps: family.steps,
+        default_guidance: family.guidance,
+        min_guidance: family.min_guidance,
     };
     device.release_unused();
     Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded, warm: None })
+}
+
+/// What the UNet's file says, or else the family.
+fn native_size(family: &Family, unet: &UNetConfig, vae: &VaeConfig) -> Result<Size, ParameterError> {
+    let side = unet.sample_size.map_or(Some(family.native_side), |side| side.checked_mul(vae.factor()));
+    let side = side.unwrap_or(usize::MAX);
+    Size::new(side, side)
+        .map_err(|e| ParameterError { message: format!("'sample_size': {}", e.message), ..e })
 }
 
 /// A model's last path component, which is how people call it.
@@ -231,15 +247,6 @@ impl Parts {
 
     fn packed_bytes(&self, dtype: DType) -> usize {
         self.all().map(|c| c.elements() as usize * dtype.size()).sum()
-    }
-
-    fn family(&self, unet: &UNet) -> &'static str {
-        match (self.xl, unet.config().levels[0].context) {
-            (true, _) => "Stable Diffusion XL",
-            (false, 1024) => "Stable Diffusion 2.x",
-            (false, 768) => "Stable Diffusion 1.x",
-            (false, _) => "Stable Diffusion",
-        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
+use crate::families as schedulers;
 use crate::{Error, ErrorKind};
 
 /// A family's shapes.
@@ -100,27 +101,12 @@ impl Preset {
     }
 
     fn scheduler(self) -> Value {
-        let mut betas = json!({
-            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-            "num_train_timesteps": 1000, "steps_offset": 1,
-        });
-        let own = match self {
-            Self::Sd15 => json!({
-                "_class_name": "PNDMScheduler", "skip_prk_steps": true, "set_alpha_to_one": false,
-            }),
-            Self::Sd21 => json!({
-                "_class_name": "DDIMScheduler", "clip_sample": false, "set_alpha_to_one": false,
-                "prediction_type": "v_prediction",
-            }),
-            Self::Sdxl => json!({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}),
-            Self::SdxlTurbo => {
-                json!({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"})
-            }
-        };
-        if let (Some(betas), Value::Object(own)) = (betas.as_object_mut(), own) {
-            betas.extend(own);
+        match self {
+            Self::Sd15 => schedulers::sd1(),
+            Self::Sd21 => schedulers::sd2_v(),
+            Self::Sdxl => schedulers::sdxl(),
+            Self::SdxlTurbo => schedulers::sdxl_turbo(),
         }
-        betas
     }
 }
 

@@ -5,6 +5,7 @@
 mod bfloat16;
 mod blocks;
 mod checkpoint;
+mod families;
 mod fixture;
 mod formula;
 mod networks;
