@@ -39,18 +39,16 @@ fn distilled_families_are_recognised_and_what_diffusers_draws() {
         Checkpoint::named(&case.checkpoint).write(folder.path(), &Layout::plain());
         let scheduler = folder.path().join("scheduler/scheduler_config.json");
         write_json(&scheduler, &goldens.schedulers[&case.scheduler]);
-        let options = LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2), ..LoadOptions::default() };
+        let options = LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2) };
         let mut model = load(folder.path().to_str(), &options, &mut |_| {}).expect("a checkpoint that loads");
 
         assert_eq!(model.info().family, case.family, "{name}");
         let request = Request {
-            prompt: case.prompt.clone(),
-            negative_prompt: None,
             size: Size::new(case.width, case.height).expect("a size in the fixture"),
             steps: case.steps,
             guidance_scale: case.guidance_scale,
             seed: case.seed,
-            sampler: None,
+            ..Request::new(&case.prompt)
         };
         let latents = model.latents(&[request], &mut Silent).expect("latents").remove(0);
         let picture =
