@@ -6,6 +6,7 @@ from pathlib import Path
 import blocks
 import families
 import pipelines
+import prompts
 import samplers
 import tokens
 import torch_random
@@ -19,6 +20,7 @@ def main() -> None:
         blocks.make()
         pipelines.make(Path(scratch))
         families.make(Path(scratch))
+        prompts.make(Path(scratch))
 
 
 if __name__ == "__main__":

@@ -140,15 +140,17 @@ def load(folder: Path, variant: str | None = None) -> DiffusionPipeline:
     return pipe
 
 
-def run(pipe: DiffusionPipeline, case: Case, scheduler: dict, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """Latents and picture (floats in [0, 1], and bytes), through the pipeline's own call."""
+def run(
+    pipe: DiffusionPipeline, case: Case, scheduler: dict, dtype: torch.dtype, more: dict | None = None
+) -> dict[str, np.ndarray]:
+    """Latents and picture (floats in [0, 1], and bytes), through the pipeline's own call; `more` are further arguments of it."""
     pipe.to(dtype)
     found = {}
     for kind in ("latent", "np"):
         pipe.scheduler = build_scheduler(scheduler, case.sampler)
         with float32_noise(), torch.inference_mode():
-            found[kind] = pipe(
-                case.prompt,
+            arguments = dict(
+                prompt=case.prompt,
                 negative_prompt=case.negative_prompt,
                 width=case.width,
                 height=case.height,
@@ -156,7 +158,8 @@ def run(pipe: DiffusionPipeline, case: Case, scheduler: dict, dtype: torch.dtype
                 guidance_scale=case.guidance_scale,
                 generator=torch.Generator().manual_seed(case.seed),
                 output_type=kind,
-            ).images[0]
+            )
+            found[kind] = pipe(**(arguments | (more or {}))).images[0]
     return {
         "latents": found["latent"].double().numpy(),
         "floats": np.asarray(found["np"], np.float64),

@@ -3,10 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::finite::finite;
 use crate::models::text_encoder::{HiddenState, TextEncoder};
 use crate::models::unet::UNetConfig;
+use crate::prompt::{self, Chunk, PromptSyntax};
 use crate::tokenizer::Tokenizer;
-use crate::{Error, ErrorKind};
+use crate::{CLIP_SKIP, Error, ErrorKind, ParameterError, Request};
 
 /// A tokenizer with its encoder.
 pub(crate) struct TextPart {
@@ -15,13 +17,26 @@ pub(crate) struct TextPart {
 }
 
 /// One prompt, encoded.
+#[derive(Clone)]
 pub(crate) struct Encoded {
     /// `[tokens, width]`.
     pub(crate) hidden: Vec<f32>,
     /// `[pooled width]`; empty where the family takes none.
     pub(crate) pooled: Vec<f32>,
-    /// What did not fit into the text encoder.
-    pub(crate) truncated: Option<String>,
+}
+
+/// What decides how a text is encoded, beside the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reading {
+    syntax: PromptSyntax,
+    skip: usize,
+}
+
+/// Both sides of guidance, equally long.
+pub(crate) struct Sides {
+    /// Absent where guidance is off.
+    pub(crate) negative: Option<Arc<Encoded>>,
+    pub(crate) positive: Arc<Encoded>,
 }
 
 /// Encodes prompts, and remembers the latest of them.
@@ -31,11 +46,14 @@ pub(crate) struct TextConditioner {
     state: HiddenState,
     /// An absent negative prompt is zeros, not the encoding of "".
     zeros_for_absent: bool,
-    cache: VecDeque<(String, Arc<Encoded>)>,
+    cache: VecDeque<(String, Reading, Arc<Encoded>)>,
 }
 
-/// Prompts remembered; an SDXL prompt takes 0.6 MB.
+/// Prompts remembered; an SDXL prompt takes 0.6 MB for each chunk.
 const CACHE: usize = 64;
+
+const PROMPT: &str = "prompt";
+const NEGATIVE_PROMPT: &str = "negative_prompt";
 
 impl TextConditioner {
     pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
@@ -70,7 +88,20 @@ impl TextConditioner {
         Ok(())
     }
 
-    /// Tokens of every encoded prompt.
+    /// Checks both prompts of a request, and how many layers it leaves out,
+    /// without encoding anything.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
+        let layers = self.parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
+        let max = layers.saturating_sub(self.state.skip);
+        crate::Range { max: max.min(CLIP_SKIP.max), ..CLIP_SKIP }.check(request.clip_skip)?;
+        if request.prompt_syntax == PromptSyntax::A1111 {
+            self.read(PROMPT, &request.prompt)?;
+            self.read(NEGATIVE_PROMPT, request.negative_prompt.as_deref().unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// Tokens of one chunk.
     pub(crate) fn tokens(&self) -> usize {
         self.parts[0].tokenizer.length()
     }
@@ -80,54 +111,166 @@ impl TextConditioner {
         self.parts.iter().map(|p| p.encoder.config().hidden_size).sum()
     }
 
+    /// Encodes what a request says; `guided` asks for its negative side too.
+    ///
+    /// # Errors
+    /// When a prompt cannot be read, or an encoder's numbers are not finite.
+    pub(crate) fn encode(&mut self, request: &Request, guided: bool) -> Result<Sides, Error> {
+        let reading = Reading { syntax: request.prompt_syntax, skip: request.clip_skip };
+        // diffusers leaves layers out for the prompt alone; A1111 for both.
+        let negative_skip = if reading.syntax == PromptSyntax::Plain { 0 } else { reading.skip };
+        let negative = Reading { skip: negative_skip, ..reading };
+        let mut sides = Sides {
+            positive: self.remember(PROMPT, &request.prompt, reading)?,
+            negative: match (guided, request.negative_prompt.as_deref()) {
+                (false, _) => None,
+                (true, None) if self.zeros_for_absent => Some(self.zeros(negative)?),
+                (true, prompt) => {
+                    Some(self.remember(NEGATIVE_PROMPT, prompt.unwrap_or_default(), negative)?)
+                }
+            },
+        };
+        if let Some(side) = &mut sides.negative {
+            let length = side.hidden.len().max(sides.positive.hidden.len());
+            let zeros = request.negative_prompt.is_none() && self.zeros_for_absent;
+            self.lengthen(side, length, negative, zeros)?;
+            self.lengthen(&mut sides.positive, length, reading, false)?;
+        }
+        Ok(sides)
+    }
+
+    /// What does not fit of a text in plain syntax.
+    pub(crate) fn truncated(&self, text: &str) -> Result<Option<String>, Error> {
+        for part in &self.parts {
+            if let Some(rest) = part.tokenizer.encode(text)?.truncated {
+                return Ok(Some(rest));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An absent negative prompt, where that is zeros.
+    fn zeros(&mut self, reading: Reading) -> Result<Arc<Encoded>, Error> {
+        let empty = self.remember(NEGATIVE_PROMPT, "", reading)?;
+        Ok(Arc::new(Encoded { hidden: vec![0.0; empty.hidden.len()], pooled: vec![0.0; empty.pooled.len()] }))
+    }
+
+    /// Appends empty chunks (or zeros) up to `length` numbers.
+    fn lengthen(
+        &mut self,
+        side: &mut Arc<Encoded>,
+        length: usize,
+        reading: Reading,
+        zeros: bool,
+    ) -> Result<(), Error> {
+        if side.hidden.len() == length {
+            return Ok(());
+        }
+        let chunk = match zeros {
+            true => vec![0.0; self.tokens() * self.width()],
+            false => self.remember(PROMPT, "", reading)?.hidden.clone(),
+        };
+        let mut longer = Encoded::clone(side);
+        while longer.hidden.len() < length {
+            longer.hidden.extend_from_slice(&chunk);
+        }
+        *side = Arc::new(longer);
+        Ok(())
+    }
+
     /// Encodes a prompt, or remembers it.
-    pub(crate) fn encode(&mut self, prompt: &str) -> Result<Arc<Encoded>, Error> {
-        if let Some(at) = self.cache.iter().position(|(p, _)| p == prompt) {
+    fn remember(
+        &mut self,
+        param: &'static str,
+        prompt: &str,
+        reading: Reading,
+    ) -> Result<Arc<Encoded>, Error> {
+        if let Some(at) = self.cache.iter().position(|(p, r, _)| p == prompt && *r == reading) {
             let hit = self.cache.remove(at).expect("position is in range");
             self.cache.push_front(hit);
         } else {
-            let encoded = Arc::new(self.encode_anew(prompt)?);
+            let encoded = Arc::new(self.encode_anew(param, prompt, reading)?);
             self.cache.truncate(CACHE - 1);
-            self.cache.push_front((prompt.to_owned(), encoded));
+            self.cache.push_front((prompt.to_owned(), reading, encoded));
         }
-        Ok(self.cache[0].1.clone())
+        Ok(self.cache[0].2.clone())
     }
 
-    /// The negative side of guidance.
-    pub(crate) fn encode_negative(&mut self, prompt: Option<&str>) -> Result<Arc<Encoded>, Error> {
-        match prompt {
-            None if self.zeros_for_absent => {
-                let empty = self.encode("")?;
-                Ok(Arc::new(Encoded {
-                    hidden: vec![0.0; empty.hidden.len()],
-                    pooled: vec![0.0; empty.pooled.len()],
-                    truncated: None,
-                }))
+    /// The chunks of a prompt in the A1111 syntax, by text encoder.
+    fn read(&self, param: &'static str, prompt: &str) -> Result<Vec<Vec<Chunk>>, Error> {
+        let parsed = prompt::parse(param, prompt)?;
+        if let (NEGATIVE_PROMPT, Some(tag)) = (param, parsed.loras.first()) {
+            return Err(Error::from(ParameterError {
+                param,
+                message: format!(
+                    "{param}: <lora:{}:...> belongs into the prompt, for a LoRA is for both",
+                    tag.name
+                ),
+            }));
+        }
+        let chunks = self.parts.iter().map(|part| prompt::chunks(param, &parsed.parts, &part.tokenizer));
+        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
+        match chunks.iter().any(|c| c.len() != chunks[0].len()) {
+            // It takes two tokenizers of different vocabularies.
+            true => Err(Error::new(ErrorKind::Model, "the tokenizers disagree about the chunks of a prompt")),
+            false => Ok(chunks),
+        }
+    }
+
+    fn encode_anew(&self, param: &'static str, prompt: &str, reading: Reading) -> Result<Encoded, Error> {
+        let chunks = match reading.syntax {
+            PromptSyntax::A1111 => self.read(param, prompt)?,
+            PromptSyntax::Plain => {
+                let mut all = vec![];
+                for part in &self.parts {
+                    let ids = part.tokenizer.encode(prompt)?.ids;
+                    all.push(vec![Chunk { weights: vec![1.0; ids.len()], ids }]);
+                }
+                all
             }
-            prompt => self.encode(prompt.unwrap_or_default()),
-        }
-    }
-
-    fn encode_anew(&self, prompt: &str) -> Result<Encoded, Error> {
+        };
         let (tokens, width) = (self.tokens(), self.width());
-        let mut hidden = vec![0.0; tokens * width];
+        let state = HiddenState { skip: self.state.skip + reading.skip, ..self.state };
+        let mut hidden = vec![0.0; chunks[0].len() * tokens * width];
         let mut pooled = vec![];
-        let mut truncated = None;
         let mut column = 0;
-        for part in &self.parts {
-            let encoded = part.tokenizer.encode(prompt)?;
-            let output = part.encoder.forward(&encoded.ids, tokens, self.state);
-            // The encoders' states lie side by side: [tokens, 768 + 1280] in SDXL.
+        for (part, chunks) in self.parts.iter().zip(&chunks) {
+            // Chunk by chunk, so that the numbers of one do not depend on how many there are.
             let w = part.encoder.config().hidden_size;
-            for (to, from) in hidden.chunks_exact_mut(width).zip(output.hidden.to_f32().chunks_exact(w)) {
-                to[column..column + w].copy_from_slice(from);
+            for (i, (chunk, out)) in chunks.iter().zip(hidden.chunks_exact_mut(tokens * width)).enumerate() {
+                let output = part.encoder.forward(&chunk.ids, tokens, state);
+                let mut states = output.hidden.to_f32();
+                weigh(&mut states, &chunk.weights);
+                // The encoders' states lie side by side: [tokens, 768 + 1280] in SDXL.
+                for (to, from) in out.chunks_exact_mut(width).zip(states.chunks_exact(w)) {
+                    to[column..column + w].copy_from_slice(from);
+                }
+                // The pooled text is the first chunk's, and knows no weights.
+                if let (0, Some(p)) = (i, output.pooled) {
+                    pooled = p;
+                }
             }
             column += w;
-            if let Some(p) = output.pooled {
-                pooled = p;
-            }
-            truncated = truncated.or(encoded.truncated);
         }
-        Ok(Encoded { hidden, pooled, truncated })
+        finite(&hidden, "text encoder")?;
+        finite(&pooled, "text encoder")?;
+        Ok(Encoded { hidden, pooled })
     }
+}
+
+/// Multiplies each token's state by its weight, and the whole chunk by what
+/// brings its mean back: A1111's emphasis, in the variant that it calls
+/// "Original". Without a weight no number changes.
+fn weigh(states: &mut [f32], weights: &[f32]) {
+    if weights.iter().all(|&w| w == 1.0) {
+        return;
+    }
+    let mean = |states: &[f32]| states.iter().map(|&s| f64::from(s)).sum::<f64>() / states.len() as f64;
+    let before = mean(states);
+    let width = states.len() / weights.len();
+    for (token, weight) in states.chunks_exact_mut(width).zip(weights) {
+        token.iter_mut().for_each(|s| *s *= weight);
+    }
+    let back = (before / mean(states)) as f32;
+    states.iter_mut().for_each(|s| *s *= back);
 }

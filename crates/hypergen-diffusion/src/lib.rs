@@ -14,6 +14,7 @@ mod embedded;
 mod enlarge;
 pub mod families;
 pub mod files;
+mod finite;
 mod generator;
 mod load;
 mod memory;
@@ -23,6 +24,7 @@ pub mod presets;
 pub mod prompt;
 mod request;
 pub mod samplers;
+mod size_conditioning;
 pub mod tokenizer;
 
 pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
@@ -32,3 +34,4 @@ pub use request::{
     CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS,
     Size,
 };
+pub use size_conditioning::{Corner, Extent, SizeConditioning};

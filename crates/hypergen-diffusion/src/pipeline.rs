@@ -6,13 +6,15 @@ use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
 
 use crate::conditioning::{Encoded, TextConditioner};
 use crate::enlarge::enlarge;
+use crate::finite::finite;
 use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
+use crate::prompt::PromptSyntax;
 use crate::samplers::{self, Sampler};
 use crate::{
-    Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range, Request, STEPS, Size,
-    Stage,
+    Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range,
+    Request, STEPS, Size, SizeConditioning, Stage,
 };
 
 /// A loaded model.
@@ -102,14 +104,14 @@ impl Pipeline {
             device: &self.device,
             dtype: self.dtype,
             conditioning,
-            guidance: guided.then_some(first.guidance_scale as f32),
+            guidance: guided.then_some((first.guidance_scale as f32, first.guidance_rescale as f32)),
             shape,
             observer,
             done: 0,
             evaluations: sampler.evaluations(),
         };
         sampler.run(&mut x, &mut network, &mut noise)?;
-        finite(&x, "denoising")?;
+        finite(&x, "sampler after its last step")?;
         let [_, height, width, _] = shape;
         let len = x.len() / requests.len();
         Ok(x.chunks_exact(len).map(|values| Latents { height, width, values: values.to_vec() }).collect())
@@ -117,23 +119,24 @@ impl Pipeline {
 
     /// What the UNet is told: all negative sides first, then all positive.
     fn condition(&mut self, requests: &[Request], guided: bool, size: Size) -> Result<Conditioning, Error> {
-        let mut rows = vec![];
-        if guided {
-            for r in requests {
-                rows.push(self.text.encode_negative(r.negative_prompt.as_deref())?);
+        let (mut rows, mut positive, mut time_ids) = (vec![], vec![], vec![]);
+        for r in requests {
+            let sides = self.text.encode(r, guided)?;
+            positive.push(sides.positive);
+            if let Some(negative) = sides.negative {
+                rows.push(negative);
+                time_ids.push(r.negative_sizes.unwrap_or(r.sizes).time_ids(size));
             }
         }
-        for r in requests {
-            rows.push(self.text.encode(&r.prompt)?);
-        }
+        rows.extend(positive);
+        time_ids.extend(requests.iter().map(|r| r.sizes.time_ids(size)));
         let join = |part: fn(&Encoded) -> &Vec<f32>| {
             rows.iter().flat_map(|e| part(e)).copied().collect::<Vec<f32>>()
         };
         let (hidden, pooled) = (join(|e| &e.hidden), join(|e| &e.pooled));
-        let shape = [rows.len(), self.text.tokens(), self.text.width()];
+        let width = self.text.width();
+        let shape = [rows.len(), rows[0].hidden.len() / width, width];
         let text = Tensor::from_f32(&self.device, shape, self.dtype, &hidden);
-        let (h, w) = (size.height as f32, size.width as f32);
-        let time_ids = vec![[h, w, 0.0, 0.0, h, w]; rows.len()];
         let added = self.unet.config().text_time.map(|_| Added { pooled: &pooled, time_ids: &time_ids });
         let guidance = self.unet.config().time_cond_proj_dim.map(|_| requests[0].guidance_scale);
         Ok(self.unet.condition(&text, added.as_ref(), guidance))
@@ -149,17 +152,33 @@ impl Pipeline {
         self.vae.unscale(&mut values);
         let shape = [1, latents.height, latents.width, config.latent_channels];
         let pixels = self.vae.forward(&Tensor::from_f32(&self.device, shape, self.dtype, &values)).to_f32();
-        finite(&pixels, "decoding")?;
+        finite(&pixels, "vae")?;
         let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(pixels.into_iter().map(byte).collect())
     }
 
-    fn warnings(&mut self, request: &Request) -> Result<Vec<String>, Error> {
+    /// Only SDXL is told of sizes.
+    fn check_sizes(&self, request: &Request) -> Result<(), Error> {
+        let told = request.sizes != SizeConditioning::default() || request.negative_sizes.is_some();
+        if !told || self.unet.config().text_time.is_some() {
+            return Ok(());
+        }
+        Err(Error {
+            kind: ErrorKind::Request,
+            param: Some("original_size"),
+            message: "original_size, target_size, crop and their negative_ forms are for SDXL: this model takes none"
+                .into(),
+        })
+    }
+
+    fn warnings(&self, request: &Request) -> Result<Vec<String>, Error> {
         let mut warnings = vec![];
         let negative = request.negative_prompt.as_deref();
         for (name, prompt) in [("prompt", Some(request.prompt.as_str())), ("negative_prompt", negative)] {
-            let Some(prompt) = prompt else { continue };
-            if let Some(rest) = &self.text.encode(prompt)?.truncated {
+            let Some(prompt) = prompt.filter(|_| request.prompt_syntax == PromptSyntax::Plain) else {
+                continue;
+            };
+            if let Some(rest) = self.text.truncated(prompt)? {
                 let room = self.text.tokens() - 2;
                 warnings.push(format!(
                     "the {name} is longer than the {room} tokens that the model reads; ignored: {rest}"
@@ -191,6 +210,16 @@ impl Generator for Pipeline {
                 ),
             });
         }
+        GUIDANCE_RESCALE.check(request.guidance_rescale)?;
+        self.text.check(request)?;
+        self.check_sizes(request)?;
+        if let Some(tag) = request.lora_tags()?.first() {
+            return Err(Error {
+                kind: ErrorKind::Request,
+                param: Some("prompt"),
+                message: format!("this version cannot apply LoRA weights: leave <lora:{}:...> out", tag.name),
+            });
+        }
         self.sampler(request).map(|_| ())
     }
 
@@ -214,7 +243,8 @@ struct Network<'a> {
     device: &'a Device,
     dtype: DType,
     conditioning: Conditioning,
-    guidance: Option<f32>,
+    /// Guidance scale and guidance rescale.
+    guidance: Option<(f32, f32)>,
     shape: [usize; 4],
     observer: &'a mut dyn Observer,
     done: usize,
@@ -224,16 +254,25 @@ struct Network<'a> {
 impl samplers::Model for Network<'_> {
     fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Error> {
         stop_if_unwanted(self.observer, self.shape[0])?;
+        if self.done > 0 {
+            finite(x, &format!("sampler after step {}", self.done))?;
+        }
         let started = Instant::now();
         let mut shape = self.shape;
         let mut out = match self.guidance {
             None => self.forward(x, shape, timestep),
-            Some(scale) => {
+            Some((scale, rescale)) => {
                 shape[0] *= 2;
                 let mut both = self.forward(&[x, x].concat(), shape, timestep);
-                let (negative, positive) = both.split_at_mut(x.len());
-                for (n, p) in negative.iter_mut().zip(positive) {
+                let (guided, positive) = both.split_at_mut(x.len());
+                for (n, p) in guided.iter_mut().zip(&*positive) {
                     *n += scale * (*p - *n);
+                }
+                if rescale > 0.0 {
+                    let picture = x.len() / self.shape[0];
+                    for (g, p) in guided.chunks_exact_mut(picture).zip(positive.chunks_exact(picture)) {
+                        rescale_guidance(g, p, rescale);
+                    }
                 }
                 both.truncate(x.len());
                 both
@@ -241,6 +280,7 @@ impl samplers::Model for Network<'_> {
         };
         out.truncate(x.len());
         self.done += 1;
+        finite(&out, &format!("unet at step {}", self.done))?;
         self.observer.stage(Stage::Step, self.done, self.evaluations, started.elapsed());
         Ok(out)
     }
@@ -262,18 +302,22 @@ fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), 
     Ok(())
 }
 
-fn finite(values: &[f32], stage: &str) -> Result<(), Error> {
-    match values.iter().filter(|v| !v.is_finite()).count() {
-        0 => Ok(()),
-        bad => Err(Error::new(
-            ErrorKind::Internal,
-            format!(
-                "{stage} produced {bad} values of {} that are not finite, so there is no picture; \
-                 try --dtype float32, and check the model's files if that does not help",
-                values.len()
-            ),
-        )),
+/// Mixes a guided prediction with itself at the spread of the positive one:
+/// what guidance adds in contrast, this takes back (Lin et al. 2023,
+/// <https://arxiv.org/abs/2305.08891>, section 3.4).
+fn rescale_guidance(guided: &mut [f32], positive: &[f32], rescale: f32) {
+    let factor = (deviation(positive) / deviation(guided)) as f32;
+    for g in guided {
+        *g = rescale * (*g * factor) + (1.0 - rescale) * *g;
     }
+}
+
+/// Standard deviation of a sample.
+fn deviation(values: &[f32]) -> f64 {
+    let n = values.len() as f64;
+    let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+    let square: f64 = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum();
+    (square / (n - 1.0)).sqrt()
 }
 
 /// Unit normals for a batch: each request draws from its own generator, in

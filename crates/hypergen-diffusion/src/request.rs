@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use crate::prompt::{self, LoraTag, PromptSyntax};
 use crate::samplers::SamplerKind;
+use crate::size_conditioning::SizeConditioning;
 
 /// A parameter's name, range and default, declared once.
 #[derive(Debug, Clone, Copy)]
@@ -166,6 +167,10 @@ pub struct Request {
     pub clip_skip: usize,
     /// In [`GUIDANCE_RESCALE`]; without effect where guidance is off.
     pub guidance_rescale: f64,
+    /// What SDXL is told of sizes; other families take the default alone.
+    pub sizes: SizeConditioning,
+    /// The same for the negative side of guidance; `None`: as the positive one.
+    pub negative_sizes: Option<SizeConditioning>,
 }
 
 impl Request {
@@ -182,6 +187,8 @@ impl Request {
             prompt_syntax: PromptSyntax::default(),
             clip_skip: CLIP_SKIP.default,
             guidance_rescale: GUIDANCE_RESCALE.default,
+            sizes: SizeConditioning::default(),
+            negative_sizes: None,
         }
     }
 

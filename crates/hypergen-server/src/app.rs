@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS};
+use hypergen_diffusion::{CLIP_SKIP, GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 
@@ -72,7 +72,14 @@ impl App {
         config.check().map_err(ServeError::Config)?;
         let model = generator.info();
         let samplers = samplers(&*generator, &model);
-        let parameters = Parameters::new(&model, &samplers, config.default_steps, config.default_guidance);
+        let parameters = Parameters::new(&model, &samplers, &config.defaults());
+        // A default that the model cannot take would fail every request, and name a field that none has.
+        let plain = Request { clip_skip: config.clip_skip, size: model.native_size, ..Request::new("") };
+        if let Err(e) = generator.check(&plain)
+            && e.param == Some(CLIP_SKIP.name)
+        {
+            return Err(ServeError::Config(format!("--clip-skip does not suit {}: {e}", model.name)));
+        }
         if parameters.default_guidance() < parameters.min_guidance() {
             return Err(ServeError::Config(format!(
                 "--default-guidance {} is too small for {}: it takes {} or more",

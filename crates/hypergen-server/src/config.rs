@@ -7,8 +7,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
-use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, LoadOptions, STEPS};
+use hypergen_diffusion::prompt::PromptSyntax;
+use hypergen_diffusion::{CLIP_SKIP, DTypeChoice, GUIDANCE_RESCALE, GUIDANCE_SCALE, LoadOptions, STEPS};
 
+use crate::api::Defaults;
 use crate::auth::ApiKey;
 
 /// What computes.
@@ -89,6 +91,18 @@ pub struct ServeConfig {
     /// Guidance scale of a request that names none (default: the model's own, or 7.5)
     #[arg(long, env = "HYPERGEN_DEFAULT_GUIDANCE", value_parser = guidance)]
     pub default_guidance: Option<f64>,
+
+    /// How prompts are read where a request does not say: plain, or a1111 with weights like (word:1.2), BREAK and any length
+    #[arg(long, env = "HYPERGEN_PROMPT_SYNTAX", default_value_t = PromptSyntax::Plain, value_name = "SYNTAX")]
+    pub prompt_syntax: PromptSyntax,
+
+    /// Layers of the text encoder to leave out where a request does not say; 1 is the penultimate layer, as in diffusers
+    #[arg(long, env = "HYPERGEN_CLIP_SKIP", default_value_t = CLIP_SKIP.default, value_parser = clip_skip, value_name = "LAYERS")]
+    pub clip_skip: usize,
+
+    /// How far to take back the contrast that guidance adds, 0 to 1, where a request does not say
+    #[arg(long, env = "HYPERGEN_GUIDANCE_RESCALE", default_value_t = GUIDANCE_RESCALE.default, value_parser = guidance_rescale)]
+    pub guidance_rescale: f64,
 
     /// Requests that may wait; more are answered with 429
     #[arg(long, env = "HYPERGEN_MAX_QUEUE_SIZE", default_value_t = 100, value_parser = at_least_one)]
@@ -179,6 +193,17 @@ impl ServeConfig {
         LoadOptions { dtype: self.dtype, threads: self.threads }
     }
 
+    /// What requests get that do not say.
+    pub fn defaults(&self) -> Defaults {
+        Defaults {
+            steps: self.default_steps,
+            guidance: self.default_guidance,
+            prompt_syntax: self.prompt_syntax,
+            clip_skip: self.clip_skip,
+            guidance_rescale: self.guidance_rescale,
+        }
+    }
+
     /// Checks what no single argument can tell.
     ///
     /// # Errors
@@ -264,6 +289,16 @@ fn steps(text: &str) -> Result<usize, String> {
     STEPS.check(value).map_err(|e| e.to_string())
 }
 
+fn clip_skip(text: &str) -> Result<usize, String> {
+    let value = text.parse().map_err(|_| "must be a whole number".to_owned())?;
+    CLIP_SKIP.check(value).map_err(|e| e.to_string())
+}
+
+fn guidance_rescale(text: &str) -> Result<f64, String> {
+    let value = text.parse().map_err(|_| "must be a number".to_owned())?;
+    GUIDANCE_RESCALE.check(value).map_err(|e| e.to_string())
+}
+
 /// From 0, as distilled models take that; whether this one does is checked
 /// once it is loaded.
 fn guidance(text: &str) -> Result<f64, String> {
@@ -335,6 +370,9 @@ mod tests {
             (vec!["--default-steps", "151"], "between 1 and 150"),
             (vec!["--default-guidance", "NaN"], "between 0 and 20"),
             (vec!["--dtype", "int4"], "float32"),
+            (vec!["--prompt-syntax", "comfy"], "plain or a1111"),
+            (vec!["--clip-skip", "33"], "between 0 and 32"),
+            (vec!["--guidance-rescale", "2"], "between 0 and 1"),
             (vec!["--public-url", "pictures.example.com"], "https://"),
             (vec!["--cors-origin", "https://example.com/path"], "without a path"),
             (vec!["--no-such-thing"], "no-such-thing"),

@@ -12,6 +12,8 @@ use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
 use hypergen_server::ServeConfig;
 
+use crate::prompting::PromptingArgs;
+
 /// Draws pictures from text with diffusion models.
 #[derive(Debug, Parser)]
 #[command(name = "hypergen", version, about, after_help = EXAMPLES)]
@@ -97,6 +99,9 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "NAME", value_parser = sampler_parser(), hide_possible_values = true)]
     pub(crate) sampler: Option<SamplerKind>,
 
+    #[command(flatten)]
+    pub(crate) prompting: PromptingArgs,
+
     /// Type of the numbers: auto takes bfloat16 where the machine has it in hardware.
     #[arg(
         long,
@@ -153,6 +158,8 @@ Examples:
       writes cat-1.png, cat-2.png, cat-3.png and cat-4.png
   hypergen generate \"a castle at dusk\" --model ./stable-diffusion-v1-5 --size 512x768 --steps 25
       a model of your own, in the diffusers folder layout
+  hypergen generate \"a (red:1.3) fox, [snow]\" --prompt-syntax a1111 --clip-skip 1 --model ./stable-diffusion-v1-5
+      weights as in A1111's web interface; docs/prompts.md tells the rules
   hypergen generate \"red apple\" -o - | magick - apple.gif
       writes a PNG to standard output
 

@@ -85,6 +85,7 @@ fn check(args: &GenerateArgs) -> anyhow::Result<()> {
             if scale < GUIDANCE_SCALE.min { Range { min: 0.0, ..GUIDANCE_SCALE } } else { GUIDANCE_SCALE };
         named("--guidance-scale", range).check(scale)?;
     }
+    args.prompting.check()?;
     Ok(())
 }
 
@@ -163,6 +164,7 @@ fn requests(args: &GenerateArgs, info: &ModelInfo, seed: u64) -> anyhow::Result<
         sampler: args.sampler,
         ..Request::new(&args.prompt)
     };
+    let first = args.prompting.apply(first);
     Ok((0..args.count as u64).map(|i| Request { seed: seed.wrapping_add(i), ..first.clone() }).collect())
 }
 

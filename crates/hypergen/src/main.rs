@@ -14,6 +14,7 @@ mod generate;
 mod interrupt;
 mod output;
 mod progress;
+mod prompting;
 mod serve;
 
 use std::io::{self, Write};

@@ -24,6 +24,13 @@ def map_body(context, body):
     size = body.get("size")
     if size is None or isinstance(size, str) and re.fullmatch(r"[0-9]+x[0-9]+", size):
         body["size"] = "64x72"
+    # How many layers the model has, the document does not say, nor that it is not SDXL and takes no sizes.
+    if whole(body.get("clip_skip"), 0, 32):
+        body["clip_skip"] = min(body["clip_skip"], 1)
+    for name in ("original_size", "crop", "target_size"):
+        for field in (name, f"negative_{name}"):
+            if isinstance(body.get(field), str) and re.fullmatch(r"[0-9]+[x,][0-9]+", body[field]):
+                body[field] = None
     # A LoRA that cannot be read is a 500 by the specification; test_examples has it.
     if isinstance(body.get("lora_path"), str) and body["lora_path"]:
         body["lora_path"] = None

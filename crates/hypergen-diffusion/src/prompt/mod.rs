@@ -1,11 +1,13 @@
 //! Prompts as people write them: which syntax a prompt is in, and what the
-//! text of it means. Nothing here knows a network.
+//! text of it means, down to the tokens. Nothing here knows a network.
 
+mod chunks;
 mod parse;
 
 use std::fmt;
 use std::str::FromStr;
 
+pub use chunks::{Chunk, chunks};
 pub use parse::{Parsed, Part, parse};
 
 use crate::ParameterError;

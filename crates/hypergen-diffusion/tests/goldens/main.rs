@@ -10,4 +10,6 @@ mod fixture;
 mod formula;
 mod networks;
 mod pipelines;
+mod prompts;
+mod stages;
 mod tokens;

@@ -4,7 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use hypergen_diffusion::{DTypeChoice, Generator, LoadOptions, Pipeline, Request, Silent, Size, load};
+use hypergen_diffusion::prompt::PromptSyntax;
+use hypergen_diffusion::{
+    Corner, DTypeChoice, Extent, Generator, LoadOptions, Pipeline, Request, Silent, Size, SizeConditioning,
+    load,
+};
 use serde::Deserialize;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -21,7 +25,7 @@ pub(crate) struct Brain {
     pub(crate) picture: f64,
 }
 
-/// A row of `pipelines.json`.
+/// A row of `pipelines.json` or `prompts.json`.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct Case {
     pub(crate) checkpoint: String,
@@ -35,6 +39,15 @@ pub(crate) struct Case {
     sampler: Option<String>,
     scheduler: Option<String>,
     layout: Option<String>,
+    prompt_syntax: Option<String>,
+    clip_skip: Option<usize>,
+    guidance_rescale: Option<f64>,
+    original_size: Option<[usize; 2]>,
+    crops_coords_top_left: Option<[usize; 2]>,
+    target_size: Option<[usize; 2]>,
+    negative_original_size: Option<[usize; 2]>,
+    negative_crops_coords_top_left: Option<[usize; 2]>,
+    negative_target_size: Option<[usize; 2]>,
     pub(crate) bfloat16: Brain,
 }
 
@@ -49,6 +62,16 @@ impl Case {
             guidance_scale: self.guidance_scale.max(1.0),
             seed: self.seed,
             sampler: self.sampler.as_ref().map(|s| s.parse().expect("a sampler in the fixture")),
+            prompt_syntax: self
+                .prompt_syntax
+                .as_ref()
+                .map_or(PromptSyntax::Plain, |s| s.parse().expect("a syntax")),
+            clip_skip: self.clip_skip.unwrap_or(0),
+            guidance_rescale: self.guidance_rescale.unwrap_or(0.0),
+            sizes: sizes(self.original_size, self.crops_coords_top_left, self.target_size),
+            negative_sizes: self.negative_original_size.map(|original| {
+                sizes(Some(original), self.negative_crops_coords_top_left, self.negative_target_size)
+            }),
             ..Request::new(&self.prompt)
         }
     }
@@ -59,7 +82,21 @@ impl Case {
     }
 }
 
-/// `pipelines.json` and its numbers.
+/// diffusers' pairs have the height, and the top, first.
+fn sizes(
+    original: Option<[usize; 2]>,
+    crop: Option<[usize; 2]>,
+    target: Option<[usize; 2]>,
+) -> SizeConditioning {
+    let extent = |[height, width]: [usize; 2]| Extent { width, height };
+    SizeConditioning {
+        original_size: original.map(extent),
+        crop: crop.map_or_else(Corner::default, |[top, left]| Corner { top, left }),
+        target_size: target.map(extent),
+    }
+}
+
+/// `pipelines.json` or `prompts.json`, and its numbers.
 pub(crate) struct Goldens {
     schedulers: BTreeMap<String, Value>,
     layouts: BTreeMap<String, Layout>,
@@ -69,13 +106,18 @@ pub(crate) struct Goldens {
 
 impl Goldens {
     pub(crate) fn read() -> Self {
-        let mut json = fixture::json("pipelines.json");
+        Self::named("pipelines")
+    }
+
+    /// Reads one of the fixtures.
+    pub(crate) fn named(name: &str) -> Self {
+        let mut json = fixture::json(&format!("{name}.json"));
         let mut take = |field: &str| json[field].take();
         Self {
             schedulers: serde_json::from_value(take("schedulers")).expect("schedulers"),
             layouts: serde_json::from_value(take("layouts")).expect("layouts"),
             cases: serde_json::from_value(take("cases")).expect("cases"),
-            numbers: Numbers::open("pipelines.safetensors"),
+            numbers: Numbers::open(&format!("{name}.safetensors")),
         }
     }
 
@@ -111,6 +153,11 @@ impl Goldens {
         self.numbers.f32(&format!("{case}/latents"))
     }
 
+    /// A tensor of the fixture that is no case's.
+    pub(crate) fn tensor(&self, name: &str) -> Vec<f32> {
+        self.numbers.f32(name)
+    }
+
     /// The picture's bytes.
     pub(crate) fn picture(&self, case: &str) -> Vec<u8> {
         self.numbers.bytes(&format!("{case}/picture"))
@@ -124,7 +171,7 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    fn new(path: &Path, folder: TempDir, dtype: DTypeChoice, threads: usize) -> Self {
+    pub(crate) fn new(path: &Path, folder: TempDir, dtype: DTypeChoice, threads: usize) -> Self {
         let options = LoadOptions { dtype, threads: Some(threads) };
         let pipeline = load(path.to_str(), &options, &mut |_| {}).expect("a checkpoint that loads");
         Self { pipeline, _folder: folder }
@@ -148,8 +195,9 @@ const LATENTS: f64 = 2e-4;
 /// smallest picture, of 192 numbers, a single one that rounds otherwise makes 71.
 const PICTURE: f64 = 70.0;
 
-fn check(checkpoint: &str) {
-    let goldens = Goldens::read();
+/// Draws all cases of a fixture and a checkpoint.
+pub(crate) fn check(fixture: &str, checkpoint: &str) {
+    let goldens = Goldens::named(fixture);
     let mut wrong = vec![];
     for group in goldens.of(checkpoint) {
         let mut model = goldens.load(group[0].1, DTypeChoice::Float32, 2);
@@ -170,22 +218,22 @@ fn check(checkpoint: &str) {
 
 #[test]
 fn stable_diffusion_1_is_what_diffusers_draws() {
-    check("sd1");
+    check("pipelines", "sd1");
 }
 
 #[test]
 fn stable_diffusion_2_is_what_diffusers_draws() {
-    check("sd2");
+    check("pipelines", "sd2");
 }
 
 #[test]
 fn sdxl_is_what_diffusers_draws() {
-    check("sdxl");
+    check("pipelines", "sdxl");
 }
 
 #[test]
 fn the_emoji_model_is_what_diffusers_draws() {
-    check("emoji");
+    check("pipelines", "emoji");
 }
 
 /// A batch is nothing but its requests: with other prompts, negative prompts

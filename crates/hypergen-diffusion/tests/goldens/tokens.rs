@@ -14,7 +14,7 @@ use crate::checkpoint::{repository, write_json};
 use crate::fixture;
 
 /// CLIP's merges, as the asset keeps them.
-fn merges() -> String {
+pub(crate) fn merges() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/clip_merges.txt.gz");
     let mut text = String::new();
     GzDecoder::new(fs::File::open(path).expect("the asset"))
@@ -25,7 +25,7 @@ fn merges() -> String {
 
 /// The vocabulary that follows from the merges: 256 bytes, the same at a
 /// word's end, the merged pairs, begin and end.
-fn vocabulary(merges: &str) -> Map<String, Value> {
+pub(crate) fn vocabulary(merges: &str) -> Map<String, Value> {
     let printable = (0x21..=0x7e).chain(0xa1..=0xac).chain(0xae..=0xff);
     let letters: Vec<char> = printable.chain(0x100..0x100 + 68).filter_map(char::from_u32).collect();
     assert_eq!(letters.len(), 256);

@@ -2,11 +2,13 @@
 //! errors look. Nothing here knows about sockets, queues or threads.
 
 mod error;
+mod extensions;
 mod fields;
 mod parameters;
 mod response;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail};
+pub use extensions::Defaults;
 pub use fields::{Fields, Whole};
 pub use parameters::{ImageRequest, Parameters, ResponseForm};
 pub use response::{Health, ImageData, ImageResponse, Model, ModelList};

@@ -14,6 +14,7 @@ use serde_json::json;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
+use super::extensions::{Defaults, Extensions};
 use super::fields::{Fields, Whole, clip, wrong_type};
 use crate::encode::{ImageFormat, OUTPUT_COMPRESSION};
 
@@ -73,27 +74,27 @@ const RESPONSE_FORMATS: [&str; 2] = ["url", "b64_json"];
 const BASE64_MODELS: [&str; 2] = ["gpt-image", "chatgpt-image"];
 
 /// A text that is not checked any further.
-struct Text {
-    name: &'static str,
-    about: &'static str,
+pub(super) struct Text {
+    pub(super) name: &'static str,
+    pub(super) about: &'static str,
 }
 
 impl Text {
-    fn schema(&self) -> ObjectBuilder {
+    pub(super) fn schema(&self) -> ObjectBuilder {
         property(Type::String, self.about)
     }
 }
 
 /// One of a few words.
-struct Choice {
-    name: &'static str,
-    about: String,
-    words: Vec<&'static str>,
-    default: Option<&'static str>,
+pub(super) struct Choice {
+    pub(super) name: &'static str,
+    pub(super) about: String,
+    pub(super) words: Vec<&'static str>,
+    pub(super) default: Option<&'static str>,
 }
 
 impl Choice {
-    fn read(&self, fields: &Fields) -> Result<Option<&'static str>, ApiError> {
+    pub(super) fn read(&self, fields: &Fields) -> Result<Option<&'static str>, ApiError> {
         let Some(found) = fields.string(self.name)? else { return Ok(self.default) };
         match self.words.iter().find(|word| **word == found) {
             Some(word) => Ok(Some(word)),
@@ -104,7 +105,7 @@ impl Choice {
         }
     }
 
-    fn schema(&self) -> ObjectBuilder {
+    pub(super) fn schema(&self) -> ObjectBuilder {
         let mut words: Vec<_> = self.words.iter().map(|word| json!(word)).collect();
         words.push(json!(null));
         property(Type::String, &self.about)
@@ -114,20 +115,20 @@ impl Choice {
 }
 
 /// A whole number in a range.
-struct Integer {
-    name: &'static str,
+pub(super) struct Integer {
+    pub(super) name: &'static str,
     about: &'static str,
     range: RangeInclusive<u64>,
     default: Option<u64>,
 }
 
 impl Integer {
-    fn new(range: &Range<usize>, default: usize, about: &'static str) -> Self {
+    pub(super) fn new(range: &Range<usize>, default: usize, about: &'static str) -> Self {
         let (min, max) = (range.min as u64, range.max as u64);
         Self { name: range.name, about, range: min..=max, default: Some(default as u64) }
     }
 
-    fn read(&self, fields: &Fields) -> Result<Option<u64>, ApiError> {
+    pub(super) fn read(&self, fields: &Fields) -> Result<Option<u64>, ApiError> {
         let range = format!("between {} and {}", self.range.start(), self.range.end());
         let Some((whole, raw)) = fields.integer(self.name, &range)? else { return Ok(self.default) };
         let value = match whole {
@@ -141,7 +142,7 @@ impl Integer {
         }
     }
 
-    fn schema(&self) -> ObjectBuilder {
+    pub(super) fn schema(&self) -> ObjectBuilder {
         property(Type::Integer, self.about)
             .minimum(Some(*self.range.start()))
             .maximum(Some(*self.range.end()))
@@ -150,13 +151,13 @@ impl Integer {
 }
 
 /// A number in a range.
-struct Number {
-    about: &'static str,
-    range: Range<f64>,
+pub(super) struct Number {
+    pub(super) about: &'static str,
+    pub(super) range: Range<f64>,
 }
 
 impl Number {
-    fn read(&self, fields: &Fields) -> Result<f64, ApiError> {
+    pub(super) fn read(&self, fields: &Fields) -> Result<f64, ApiError> {
         let range = format!("between {} and {}", self.range.min, self.range.max);
         match fields.number(self.range.name, &range)? {
             Some(value) => Ok(self.range.check(value)?),
@@ -164,7 +165,7 @@ impl Number {
         }
     }
 
-    fn schema(&self) -> ObjectBuilder {
+    pub(super) fn schema(&self) -> ObjectBuilder {
         property(Type::Number, self.about)
             .minimum(Some(self.range.min))
             .maximum(Some(self.range.max))
@@ -197,22 +198,18 @@ pub struct Parameters {
     lora_path: Text,
     lora_scale: Number,
     sampler: Choice,
+    extensions: Extensions,
 }
 
 impl Parameters {
     /// The parameters for a model that can be drawn with these samplers. The
     /// defaults for steps and guidance are the operator's, else the model's
     /// own, else the API's.
-    pub fn new(
-        model: &ModelInfo,
-        samplers: &[SamplerKind],
-        default_steps: Option<usize>,
-        default_guidance: Option<f64>,
-    ) -> Self {
-        let steps = default_steps.or(model.default_steps).unwrap_or(STEPS.default);
+    pub fn new(model: &ModelInfo, samplers: &[SamplerKind], defaults: &Defaults) -> Self {
+        let steps = defaults.steps.or(model.default_steps).unwrap_or(STEPS.default);
         let guidance = Range {
             min: GUIDANCE_SCALE.min.min(model.min_guidance),
-            default: default_guidance.or(model.default_guidance).unwrap_or(GUIDANCE_SCALE.default),
+            default: defaults.guidance.or(model.default_guidance).unwrap_or(GUIDANCE_SCALE.default),
             ..GUIDANCE_SCALE
         };
         Self {
@@ -284,6 +281,7 @@ impl Parameters {
                 words: samplers.iter().map(|sampler| sampler.name()).collect(),
                 default: None,
             },
+            extensions: Extensions::new(defaults),
         }
     }
 
@@ -308,7 +306,7 @@ impl Parameters {
     /// 400 that names the parameter, what was found and what is allowed; 500
     /// for a LoRA, which cannot be applied yet.
     pub fn read(&self, fields: &Fields, random_seed: impl FnOnce() -> u64) -> Result<ImageRequest, ApiError> {
-        let first = Request {
+        let mut first = Request {
             negative_prompt: fields.string(self.negative_prompt.name)?,
             size: self.read_size(fields)?,
             steps: self.steps.read(fields)?.map_or(STEPS.default, index),
@@ -317,6 +315,7 @@ impl Parameters {
             sampler: self.sampler.read(fields)?.and_then(|name| name.parse().ok()),
             ..Request::new(self.read_prompt(fields)?)
         };
+        self.extensions.read(fields, &mut first)?;
         self.quality.read(fields)?;
         let request = ImageRequest {
             first,
@@ -383,7 +382,7 @@ impl Parameters {
             .schema()
             .pattern(Some(r"^([0-9]+x[0-9]+|auto)$"))
             .default(Some(json!(Size::DEFAULT.to_string())));
-        ObjectBuilder::new()
+        let schema = ObjectBuilder::new()
             .description(Some("What to draw. Fields that are not listed are accepted and ignored."))
             .property(
                 self.prompt.name,
@@ -403,12 +402,12 @@ impl Parameters {
             .property(self.seed.name, self.seed.schema())
             .property(self.lora_path.name, self.lora_path.schema())
             .property(self.lora_scale.range.name, self.lora_scale.schema())
-            .property(self.sampler.name, self.sampler.schema())
-            .build()
+            .property(self.sampler.name, self.sampler.schema());
+        self.extensions.describe(schema).build()
     }
 }
 
 /// A value that its range keeps far below where this could saturate.
-fn index(value: u64) -> usize {
+pub(super) fn index(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }

@@ -10,6 +10,7 @@
 //! It only writes; there is no parser here. A prompt may run over several
 //! lines; readers take the last line as the parameters.
 
+use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{ModelInfo, Request, Size};
 
 /// What a picture was drawn with.
@@ -31,6 +32,12 @@ pub struct Metadata {
     pub size: Size,
     /// Name of the model, without its folder.
     pub model: String,
+    /// How the prompts were read.
+    pub prompt_syntax: PromptSyntax,
+    /// Layers of the text encoder that were left out.
+    pub clip_skip: usize,
+    /// How far guidance was rescaled.
+    pub guidance_rescale: f64,
 }
 
 impl Metadata {
@@ -49,6 +56,9 @@ impl Metadata {
             seed: request.seed,
             size: request.size,
             model: name.to_owned(),
+            prompt_syntax: request.prompt_syntax,
+            clip_skip: request.clip_skip,
+            guidance_rescale: request.guidance_rescale,
         }
     }
 
@@ -84,16 +94,33 @@ impl Metadata {
             text.push('\n');
         }
         text.push_str(&format!(
-            "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {}, Version: hypergen {}",
+            "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {}, {}Version: hypergen {}",
             self.steps,
             quote(&self.sampler),
             self.guidance_scale,
             self.seed,
             self.size,
             quote(&self.model),
+            self.extras(),
             env!("CARGO_PKG_VERSION")
         ));
         text
+    }
+
+    /// What most pictures do without. Readers count skipped layers from 1, for
+    /// the last one.
+    fn extras(&self) -> String {
+        let mut extras = String::new();
+        if self.clip_skip > 0 {
+            extras += &format!("Clip skip: {}, ", self.clip_skip + 1);
+        }
+        if self.guidance_rescale > 0.0 {
+            extras += &format!("CFG Rescale: {}, ", self.guidance_rescale);
+        }
+        if self.prompt_syntax != PromptSyntax::Plain {
+            extras += &format!("Prompt syntax: {}, ", self.prompt_syntax);
+        }
+        extras
     }
 }
 

@@ -34,6 +34,9 @@ fn metadata(prompt: &str, negative: Option<&str>) -> Metadata {
         seed: u64::MAX,
         size: Size { width: 64, height: 64 },
         model: "emoji".to_owned(),
+        prompt_syntax: hypergen_diffusion::prompt::PromptSyntax::Plain,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
     }
 }
 
@@ -229,6 +232,19 @@ fn text_within_a_room_never_exceeds_it() {
         assert!(text.to_text_within(room).encode_utf16().count() <= room, "{room}");
     }
     assert_eq!(text.to_text_within(10_000), text.to_text());
+}
+
+#[test]
+fn what_most_pictures_do_without_is_told_where_it_was_used() {
+    let unusual = Metadata {
+        clip_skip: 1,
+        guidance_rescale: 0.7,
+        prompt_syntax: hypergen_diffusion::prompt::PromptSyntax::A1111,
+        ..metadata("(x:1.2)", None)
+    };
+    let text = unusual.to_text();
+    let extras = "Model: emoji, Clip skip: 2, CFG Rescale: 0.7, Prompt syntax: a1111, Version: ";
+    assert!(text.contains(extras), "{text}");
 }
 
 #[test]

@@ -1,0 +1,144 @@
+"""Draws each family at its true size with diffusers and with HyperGen, from the same random weights, and measures how far apart they are.
+
+    cargo build --release -p hypergen-diffusion --example latents
+    python bench/fidelity/compare.py --scratch /var/tmp/fidelity sd15 sdxl
+
+Every drawing is a process of its own that ends before the next begins, so that no two models are in memory at once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shapes import BY_NAME, FAMILIES, ROOT, Family, write
+from fixture import distance, psnr
+
+PROMPT = "a red fox in the snow, oil painting"
+NEGATIVE = "blurry, low quality"
+SEED = 7
+DTYPES = ["float32", "bfloat16"]
+OURS = ROOT / "target/release/examples/latents"
+
+
+def reference(family: Family, folder: Path, size: int, dtype: str, out: Path) -> None:
+    """diffusers' latents and picture, in this process."""
+    import diffusers
+
+    from pipelines import float32_noise
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    number = getattr(torch, dtype)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=number, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    guided = family.guidance_scale > 1 and "time_cond_proj_dim" not in family.unet
+    arguments = {"negative_prompt": NEGATIVE} if guided else {}
+    with float32_noise(), torch.inference_mode():
+        latents = pipe(
+            PROMPT,
+            width=size,
+            height=size,
+            num_inference_steps=family.steps,
+            guidance_scale=family.guidance_scale,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="latent",
+            **arguments,
+        ).images
+        # The decoder is compared on its own latents: float32's of the same run.
+        decoded = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(number), return_dict=False)[0]
+    pixels = (decoded[0].double() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    np.savez(out, latents=latents[0].double().numpy(), picture=np.round(pixels * 255).astype(np.uint8), spread=pixels.std())
+
+
+def ours(family: Family, folder: Path, size: int, dtype: str, out: Path) -> dict:
+    """HyperGen's, with what it took."""
+    request = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "size": f"{size}x{size}",
+        "steps": family.steps,
+        "guidance_scale": family.guidance_scale,
+        "seed": SEED,
+        "dtype": dtype,
+    }
+    told = subprocess.run([OURS, folder, json.dumps(request), out], check=True, capture_output=True, text=True)
+    told = json.loads(told.stdout)
+    values = np.fromfile(f"{out}.latents", np.float32).reshape(told["height"], told["width"], -1).transpose(2, 0, 1)
+    picture = np.fromfile(f"{out}.picture", np.uint8).reshape(size, size, 3)
+    return {"latents": values.astype(np.float64), "picture": picture, "peak_rss_bytes": told["peak_rss_bytes"]}
+
+
+def apart(a, b) -> dict:
+    """PSNR of the pictures, relative norm of the latents' difference, and the worst difference over their root mean square."""
+    worst = np.abs(a["latents"] - b["latents"]).max() / np.sqrt(np.mean(b["latents"] ** 2))
+    return {
+        "picture_db": round(psnr(a["picture"] / 255, b["picture"] / 255), 2),
+        "latents": float(f"{distance(a['latents'], b['latents']):.3g}"),
+        "worst_latent": float(f"{worst:.3g}"),
+    }
+
+
+def compare(family: Family, scratch: Path, size: int) -> dict:
+    row = {"family": family.name, "size": f"{size}x{size}", "steps": family.steps, "guidance_scale": family.guidance_scale}
+    folder = write(family, scratch)
+    theirs, mine = {}, {}
+    for dtype in DTYPES:
+        out = scratch / f"{family.name}-{dtype}"
+        started = time.monotonic()
+        worker = [sys.executable, __file__, "--scratch", scratch, "--size", str(size), "--worker", dtype, family.name]
+        subprocess.run(worker, check=True)
+        theirs[dtype] = np.load(f"{out}.npz")
+        row[f"diffusers_{dtype}_s"] = round(time.monotonic() - started, 1)
+        started = time.monotonic()
+        mine[dtype] = ours(family, folder, size, dtype, out)
+        row[f"hypergen_{dtype}_s"] = round(time.monotonic() - started, 1)
+        row[f"hypergen_{dtype}_peak_rss_bytes"] = mine[dtype]["peak_rss_bytes"]
+    row["picture_spread"] = round(float(theirs["float32"]["spread"]), 3)
+    row["latents_std"] = round(float(theirs["float32"]["latents"].std()), 3)
+    row["float32"] = apart(mine["float32"], theirs["float32"])
+    # Both against the same thing: diffusers' float32.
+    row["bfloat16"] = apart(mine["bfloat16"], theirs["float32"])
+    row["bfloat16_diffusers"] = apart(theirs["bfloat16"], theirs["float32"])
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    head = "| family | size, steps | float32: picture | latents | bfloat16: latents | diffusers' bfloat16: latents |\n| --- | --- | --- | --- | --- | --- |\n"
+    line = "| {family} | {size}, {steps} | {0[picture_db]} dB | {0[latents]} | {1[latents]} | {2[latents]} |\n"
+    return head + "".join(line.format(r["float32"], r["bfloat16"], r["bfloat16_diffusers"], **r) for r in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", default=[f.name for f in FAMILIES])
+    parser.add_argument("--scratch", type=Path, required=True, help="where the weights go: 30 GB for all")
+    parser.add_argument("--size", type=int, help="side of the pictures, instead of each family's")
+    parser.add_argument("--worker", choices=DTYPES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    scratch = args.scratch.resolve()
+    scratch.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in args.families:
+        family = BY_NAME[name]
+        size = args.size or family.size
+        if args.worker:
+            reference(family, scratch / name, size, args.worker, scratch / f"{name}-{args.worker}.npz")
+            continue
+        rows.append(compare(family, scratch, size))
+        print(json.dumps(rows[-1]), flush=True)
+    if rows:
+        path = ROOT / f"bench/results/{date.today()}-fidelity-{platform.machine()}-{os.cpu_count()}cores.json"
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
