@@ -8,6 +8,7 @@ import families
 import pipelines
 import prompts
 import samplers
+import single_file
 import tokens
 import torch_random
 
@@ -21,6 +22,7 @@ def main() -> None:
         pipelines.make(Path(scratch))
         families.make(Path(scratch))
         prompts.make(Path(scratch))
+        single_file.make(Path(scratch))
 
 
 if __name__ == "__main__":

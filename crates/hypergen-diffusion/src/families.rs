@@ -153,7 +153,7 @@ pub(crate) fn sd2_v() -> Value {
 }
 
 /// `stabilityai/stable-diffusion-2-1-base`.
-fn sd2_base() -> Value {
+pub(crate) fn sd2_base() -> Value {
     scheduler("PNDMScheduler", json!({"prediction_type": "epsilon"}))
 }
 
@@ -176,17 +176,17 @@ pub(crate) fn sdxl_turbo() -> Value {
 }
 
 /// `stabilityai/sd-turbo`.
-fn sd_turbo() -> Value {
+pub(crate) fn sd_turbo() -> Value {
     scheduler(EULER, newer("trailing", "epsilon"))
 }
 
 /// The base model's file as the card of `ByteDance/SDXL-Lightning` changes it.
-fn lightning() -> Value {
+pub(crate) fn lightning() -> Value {
     scheduler(EULER, newer("trailing", "epsilon"))
 }
 
 /// The same for its model of one step.
-fn lightning_one() -> Value {
+pub(crate) fn lightning_one() -> Value {
     scheduler(EULER, newer("trailing", "sample"))
 }
 

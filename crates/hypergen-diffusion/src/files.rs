@@ -1,14 +1,16 @@
-//! Where a model's files are: a folder in the diffusers layout, or the binary
-//! itself. Says which file of a part to take, and names it in every error.
+//! Where a model's files are: a folder in the diffusers layout, a single file,
+//! or the binary itself. Says which file of a part to take, and names it in every error.
 
 use std::borrow::Cow;
 use std::io::ErrorKind as IoKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use hypergen_tensor::Checkpoint;
 use serde_json::Value;
 
 use crate::presets::Preset;
+use crate::single_file::SingleFile;
 use crate::{Error, ErrorKind, embedded};
 
 /// JSON and text files larger than this are no configuration.
@@ -19,6 +21,8 @@ const MAX_TEXT: u64 = 64 << 20;
 pub enum ModelFiles {
     /// A folder in the diffusers layout.
     Folder(PathBuf),
+    /// A single-file checkpoint in the original layout.
+    Single(Arc<SingleFile>),
     /// The model inside the binary.
     Embedded,
     /// A family's published shapes with random weights, for measurements.
@@ -26,23 +30,21 @@ pub enum ModelFiles {
 }
 
 impl ModelFiles {
-    /// A folder, if it looks like a model.
+    /// The model at a path: a single file, or a folder if it looks like a model.
     ///
     /// # Errors
-    /// When there is no such folder or it has no `model_index.json`.
-    pub fn folder(path: &Path) -> Result<Self, Error> {
+    /// When there is nothing, or neither of both.
+    pub fn at(path: &Path) -> Result<Self, Error> {
         let shown = path.display();
         let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
             IoKind::NotFound => model_error(format!(
-                "there is no model at {shown}: give a folder in the diffusers layout (it holds model_index.json), or \
-                 leave the model out to use the embedded one"
+                "there is no model at {shown}: give a folder in the diffusers layout (it holds model_index.json), a \
+                 .safetensors file, or leave the model out to use the embedded one"
             )),
             _ => model_error(format!("cannot read {shown}: {e}")),
         })?;
         if !metadata.is_dir() {
-            return Err(model_error(format!(
-                "{shown} is a file; a model is a folder in the diffusers layout (it holds model_index.json)"
-            )));
+            return Ok(Self::Single(Arc::new(SingleFile::open(path)?)));
         }
         if !path.join("model_index.json").exists() {
             return Err(model_error(format!(
@@ -57,6 +59,7 @@ impl ModelFiles {
     pub fn show(&self, file: &str) -> String {
         match self {
             Self::Folder(folder) => folder.join(file).display().to_string(),
+            Self::Single(single) => single.show(file),
             Self::Embedded => format!("embedded {file}"),
             Self::Random(preset) => format!("preset {} {file}", preset.name()),
         }
@@ -69,6 +72,7 @@ impl ModelFiles {
     pub fn bytes(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>, Error> {
         let folder = match self {
             Self::Folder(folder) => folder,
+            Self::Single(single) => return Ok(single.file(file)),
             Self::Embedded => return Ok(embedded::file(file).map(Cow::Borrowed)),
             Self::Random(preset) => return Ok(preset.file(file)),
         };
@@ -132,6 +136,7 @@ impl ModelFiles {
         let file = format!("{part}/{stem}.safetensors");
         let folder = match self {
             Self::Folder(folder) => folder,
+            Self::Single(single) => return single.checkpoint(part),
             Self::Random(_) => return Ok(Checkpoint::random(&self.show(&file))),
             Self::Embedded => {
                 let bytes = embedded::file(&file)

@@ -24,6 +24,7 @@ pub mod presets;
 pub mod prompt;
 mod request;
 pub mod samplers;
+mod single_file;
 mod size_conditioning;
 pub mod tokenizer;
 

@@ -2,19 +2,20 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader};
+use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Tensor, TorchGenerator};
 use serde_json::Value;
 
 use crate::conditioning::{TextConditioner, TextPart};
-use crate::families::{Family, Traits};
+use crate::families::{self, Family, Traits};
 use crate::files::ModelFiles;
 use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
 use crate::models::unet::{UNet, UNetConfig};
 use crate::models::vae::{Decoder, VaeConfig};
 use crate::samplers::Sampler;
+use crate::single_file::vae::{self, Vae};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, ErrorKind, ModelInfo, ParameterError, Pipeline, Size, embedded};
 
@@ -78,6 +79,8 @@ pub struct LoadOptions {
     pub dtype: DTypeChoice,
     /// Threads that share the work; `None`: all that the process may use.
     pub threads: Option<usize>,
+    /// A VAE to use instead of the model's own: a single file or a folder.
+    pub vae: Option<PathBuf>,
 }
 
 /// How far loading has come, in bytes of packed weights.
@@ -89,8 +92,8 @@ pub struct LoadProgress {
     pub total: u64,
 }
 
-/// Loads a model: a folder in the diffusers layout, or the embedded model
-/// where none is named. `progress` is called as the weights are packed.
+/// Loads a model: a folder in the diffusers layout, a single file in the
+/// original one, or the embedded model where none is named. `progress` is called as the weights are packed.
 ///
 /// # Errors
 /// With [`ErrorKind::Model`]: the message names the file or tensor, what was
@@ -102,7 +105,7 @@ pub fn load(
 ) -> Result<Pipeline, Error> {
     let files = match model {
         None => ModelFiles::Embedded,
-        Some(path) => ModelFiles::folder(Path::new(path))?,
+        Some(path) => ModelFiles::at(Path::new(path))?,
     };
     load_files(&files, model, options, progress)
 }
@@ -122,7 +125,7 @@ pub(crate) fn load_files(
         DTypeChoice::Auto if device.multiplies_bf16() => DType::Bf16,
         DTypeChoice::Auto => DType::F32,
     };
-    let parts = Parts::open(files)?;
+    let parts = Parts::open(files, options.vae.as_deref())?;
     let total = parts.bytes();
     let done = Cell::new(0);
     let progress = RefCell::new(progress);
@@ -145,7 +148,7 @@ pub(crate) fn load_files(
             ),
         ));
     }
-    let scheduler = files.json("scheduler/scheduler_config.json")?;
+    let scheduler = scheduler(files, &unet, &device, dtype)?;
     let sampler = Sampler::new(None, &scheduler, 1).map_err(|e| {
         Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
     })?;
@@ -177,6 +180,34 @@ pub(crate) fn load_files(
     Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded, warm: None })
 }
 
+/// The scheduler's file. A single file of Stable Diffusion 2.x does not say
+/// what its UNet predicts, so the UNet is asked.
+fn scheduler(files: &ModelFiles, unet: &UNet, device: &Device, dtype: DType) -> Result<Value, Error> {
+    match files {
+        ModelFiles::Single(single) if single.undecided() && predicts_noise(unet, device, dtype) => {
+            Ok(families::sd2_base())
+        }
+        _ => files.json("scheduler/scheduler_config.json"),
+    }
+}
+
+/// Whether a UNet that was given nothing but noise, at the noisiest timestep,
+/// answers with that noise: it then predicts epsilon. v is nearly the
+/// negative picture there, which has little in common with the noise.
+fn predicts_noise(unet: &UNet, device: &Device, dtype: DType) -> bool {
+    const SIDE: usize = 16;
+    const TIMESTEP: f32 = 999.0;
+    let (channels, context) = (unet.config().in_channels, unet.config().levels[0].context);
+    let mut noise = vec![0.0; SIDE * SIDE * channels];
+    TorchGenerator::new(0).fill_normal(&mut noise);
+    let text = Tensor::from_f32(device, [1, 1, context], dtype, &vec![0.0; context]);
+    let conditioning = unet.condition(&text, None, None);
+    let latents = Tensor::from_f32(device, [1, SIDE, SIDE, channels], dtype, &noise);
+    let answer = unet.forward(&latents, TIMESTEP, &conditioning).to_f32();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    dot(&answer, &noise) > 0.5 * (dot(&answer, &answer) * dot(&noise, &noise)).sqrt()
+}
+
 /// What the UNet's file says, or else the family.
 fn native_size(family: &Family, unet: &UNetConfig, vae: &VaeConfig) -> Result<Size, ParameterError> {
     let side = unet.sample_size.map_or(Some(family.native_side), |side| side.checked_mul(vae.factor()));
@@ -203,11 +234,11 @@ struct Parts {
     index: Value,
     text_encoders: Vec<(&'static str, &'static str, Checkpoint)>,
     unet: Checkpoint,
-    vae: Checkpoint,
+    vae: Vae,
 }
 
 impl Parts {
-    fn open(files: &ModelFiles) -> Result<Self, Error> {
+    fn open(files: &ModelFiles, vae: Option<&Path>) -> Result<Self, Error> {
         let index = files.json("model_index.json")?;
         let class = index.get("_class_name").and_then(Value::as_str).unwrap_or_default();
         let xl = XL.contains(&class);
@@ -232,13 +263,24 @@ impl Parts {
             xl,
             text_encoders,
             unet: files.checkpoint("unet", "diffusion_pytorch_model")?,
-            vae: files.checkpoint("vae", "diffusion_pytorch_model")?,
+            vae: match vae {
+                None => Vae {
+                    checkpoint: files.checkpoint("vae", "diffusion_pytorch_model")?,
+                    config: files.json("vae/config.json")?,
+                    shown: files.show("vae/config.json"),
+                },
+                Some(path) => vae::open(path, &|| {
+                    let own = files.optional_json("vae/config.json")?;
+                    let default = if xl { vae::SCALING_XL } else { vae::SCALING };
+                    Ok(own.as_ref().map_or(default, vae::scaling))
+                })?,
+            },
             index,
         })
     }
 
     fn all(&self) -> impl Iterator<Item = &Checkpoint> {
-        self.text_encoders.iter().map(|(_, _, c)| c).chain([&self.unet, &self.vae])
+        self.text_encoders.iter().map(|(_, _, c)| c).chain([&self.unet, &self.vae.checkpoint])
     }
 
     fn bytes(&self) -> u64 {
@@ -274,8 +316,10 @@ impl Loading<'_> {
         Ok(unet)
     }
 
-    fn vae(&self, checkpoint: &Checkpoint) -> Result<Decoder, Error> {
-        let config = self.config("vae", VaeConfig::from_json)?;
+    fn vae(&self, vae: &Vae) -> Result<Decoder, Error> {
+        let config = VaeConfig::from_json(&vae.config)
+            .map_err(|e| Error { message: format!("{}: {}", vae.shown, e.message), ..e })?;
+        let checkpoint = &vae.checkpoint;
         let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
         let vae = Decoder::load(&loader.root(), config)?;
         // Text to picture only decodes.

@@ -42,6 +42,10 @@ pub struct ServeConfig {
     #[arg(env = "HYPERGEN_MODEL")]
     pub model: Option<String>,
 
+    /// A VAE to use instead of the model's own: a .safetensors file or a folder
+    #[arg(long, env = "HYPERGEN_VAE", value_name = "PATH")]
+    pub vae: Option<PathBuf>,
+
     /// Settings in a TOML file; the command line and the environment overrule it
     #[arg(long, env = "HYPERGEN_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -190,7 +194,7 @@ impl ServeConfig {
 
     /// What loading the model needs to know.
     pub fn load_options(&self) -> LoadOptions {
-        LoadOptions { dtype: self.dtype, threads: self.threads }
+        LoadOptions { dtype: self.dtype, threads: self.threads, vae: self.vae.clone() }
     }
 
     /// What requests get that do not say.

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
@@ -102,6 +103,35 @@ pub struct TensorInfo {
     source: usize,
     start: usize,
     end: usize,
+    /// The file has rows and columns in each other's place.
+    transposed: bool,
+}
+
+/// Which part of a stored tensor a name in a view stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// One of several blocks of rows of the same height.
+    Rows {
+        /// Which, from 0.
+        index: usize,
+        /// Of how many.
+        of: usize,
+    },
+    /// All of a matrix, rows and columns exchanged.
+    Transposed,
+}
+
+/// One tensor of a view: another name for (a part of) a stored one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Renamed {
+    /// The name in the view.
+    pub to: String,
+    /// The name in the file.
+    pub from: String,
+    /// What of it.
+    pub part: Part,
 }
 
 impl TensorInfo {
@@ -125,13 +155,21 @@ impl Bytes {
     }
 }
 
-/// The tensors of one model part, by name.
+/// A file or static bytes, and what they are called.
+struct Stored {
+    label: String,
+    bytes: Bytes,
+}
+
+/// The tensors of one model part, by name. Clones and views share the bytes.
+#[derive(Clone)]
 pub struct Checkpoint {
     /// Has every tensor that is asked for, of random values.
     random: bool,
     label: String,
-    sources: Vec<(String, Bytes)>,
+    sources: Vec<Arc<Stored>>,
     tensors: HashMap<String, TensorInfo>,
+    metadata: HashMap<String, String>,
 }
 
 /// More tensors than this in one file is not a model but an attack.
@@ -180,7 +218,7 @@ impl Checkpoint {
         for (tensor, file) in map {
             let found = checkpoint.tensors.get(tensor);
             let is_there = found.is_some_and(|t| {
-                file.as_str().is_some_and(|f| Path::new(&checkpoint.sources[t.source].0).ends_with(f))
+                file.as_str().is_some_and(|f| Path::new(&checkpoint.sources[t.source].label).ends_with(f))
             });
             if !is_there {
                 return Err(wrong(format!("it says that {file} holds '{tensor}', which is not so")));
@@ -207,7 +245,7 @@ impl Checkpoint {
     }
 
     fn empty(label: String) -> Self {
-        Self { random: false, label, sources: vec![], tensors: HashMap::new() }
+        Self { random: false, label, sources: vec![], tensors: HashMap::new(), metadata: HashMap::new() }
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
@@ -256,13 +294,62 @@ impl Checkpoint {
                 source,
                 start: begin + start,
                 end: begin + end,
+                transposed: false,
             };
             if let Some(other) = self.tensors.insert(name.clone(), info) {
-                return Err(wrong(format!("'{name}' is also in {}", self.sources[other.source].0)));
+                return Err(wrong(format!("'{name}' is also in {}", self.sources[other.source].label)));
             }
         }
-        self.sources.push((label, bytes));
+        self.metadata.extend(metadata.metadata().clone().unwrap_or_default());
+        self.sources.push(Arc::new(Stored { label, bytes }));
         Ok(())
+    }
+
+    /// The same bytes under other names: the tensors that `names` lists and no
+    /// others. Nothing is read or copied.
+    ///
+    /// # Errors
+    /// When a tensor is not there, or is not of a shape that has such a part.
+    pub fn view(&self, label: String, names: &[Renamed]) -> Result<Self, CheckpointError> {
+        let mut view = Self { sources: self.sources.clone(), ..Self::empty(label) };
+        for Renamed { to, from, part } in names {
+            let info = self.tensors.get(from).ok_or_else(|| self.missing(from))?;
+            let wrong = |reason: String| CheckpointError::Format {
+                path: self.sources[info.source].label.clone(),
+                reason: format!("its tensor '{from}' of shape {:?} {reason}", info.shape),
+            };
+            let mut info = info.clone();
+            match *part {
+                Part::Whole => {}
+                Part::Rows { index, of } => {
+                    let Some(rows) = info.shape.first_mut().filter(|rows| **rows % of == 0) else {
+                        return Err(wrong(format!("cannot be cut into {of} blocks of rows")));
+                    };
+                    *rows /= of;
+                    let len = (info.end - info.start) / of;
+                    info.start += index * len;
+                    info.end = info.start + len;
+                }
+                Part::Transposed => {
+                    if info.shape.len() != 2 {
+                        return Err(wrong("is not a matrix".into()));
+                    }
+                    info.shape.reverse();
+                    info.transposed = !info.transposed;
+                }
+            }
+            view.tensors.insert(to.clone(), info);
+        }
+        Ok(view)
+    }
+
+    /// What the file says of itself beside its tensors.
+    pub fn metadata(&self, field: &str) -> Option<&str> {
+        self.metadata.get(field).map(String::as_str)
+    }
+
+    fn missing(&self, name: &str) -> CheckpointError {
+        CheckpointError::Missing { name: name.to_owned(), path: self.label.clone(), hint: String::new() }
     }
 
     /// What the checkpoint is called in messages: its file or index.
@@ -300,12 +387,8 @@ impl Checkpoint {
         if self.random {
             return Ok(Values(Source::Random(Random::new(name, expected))));
         }
-        let info = self.tensors.get(name).ok_or_else(|| CheckpointError::Missing {
-            name: name.to_owned(),
-            path: self.label.clone(),
-            hint: String::new(),
-        })?;
-        let path = &self.sources[info.source].0;
+        let info = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
+        let path = &self.sources[info.source].label;
         if trimmed(&info.shape) != trimmed(expected) {
             return Err(CheckpointError::Shape {
                 name: name.to_owned(),
@@ -320,8 +403,9 @@ impl Checkpoint {
             found,
         })?;
         Ok(Values(Source::Stored {
-            bytes: &self.sources[info.source].1.as_slice()[info.start..info.end],
+            bytes: &self.sources[info.source].bytes.as_slice()[info.start..info.end],
             dtype,
+            columns: info.transposed.then(|| info.shape[0]),
         }))
     }
 
@@ -330,7 +414,7 @@ impl Checkpoint {
     pub(crate) fn release(&self, name: &str) {
         const PAGE: usize = 4096;
         let Some(info) = self.tensors.get(name) else { return };
-        let Bytes::Mapped(map) = &self.sources[info.source].1 else { return };
+        let Bytes::Mapped(map) = &self.sources[info.source].bytes else { return };
         let (start, end) = (info.start.next_multiple_of(PAGE), info.end / PAGE * PAGE);
         if start < end {
             // SAFETY: the mapping is of a file and read-only, so a dropped page
@@ -347,7 +431,12 @@ pub struct Values<'a>(Source<'a>);
 
 #[derive(Clone, Copy)]
 enum Source<'a> {
-    Stored { bytes: &'a [u8], dtype: FileDType },
+    /// `columns`: of the stored matrix, where it is to be read transposed.
+    Stored {
+        bytes: &'a [u8],
+        dtype: FileDType,
+        columns: Option<usize>,
+    },
     Random(Random),
 }
 
@@ -355,7 +444,7 @@ impl Values<'_> {
     /// Number of values.
     pub fn len(self) -> usize {
         match self.0 {
-            Source::Stored { bytes, dtype } => bytes.len() / dtype.size(),
+            Source::Stored { bytes, dtype, .. } => bytes.len() / dtype.size(),
             Source::Random(random) => random.len,
         }
     }
@@ -371,9 +460,16 @@ impl Values<'_> {
     /// When that reaches beyond the end.
     pub fn read(&self, start: usize, out: &mut [f32]) {
         match self.0 {
-            Source::Stored { bytes, dtype } => {
+            Source::Stored { bytes, dtype, columns: None } => {
                 let size = dtype.size();
                 widen(&bytes[start * size..][..out.len() * size], dtype, out);
+            }
+            Source::Stored { bytes, dtype, columns: Some(columns) } => {
+                let (size, rows) = (dtype.size(), self.len() / columns);
+                for (i, out) in (start..).zip(out) {
+                    let stored = i % rows * columns + i / rows;
+                    widen(&bytes[stored * size..][..size], dtype, std::slice::from_mut(out));
+                }
             }
             Source::Random(random) => random.read(start, out),
         }
@@ -566,6 +662,43 @@ mod tests {
             std::fs::write(&index, text).expect("written");
             let message = Checkpoint::open_index(&index).err().expect("an error").to_string();
             assert!(message.contains(words), "{text}: {message}");
+        }
+    }
+
+    /// `a` is [[0, 1], [2, 3], [4, 5], [6, 7]] in float32.
+    #[test]
+    fn a_view_renames_cuts_and_turns_without_copying() {
+        let header = r#"{"a":{"dtype":"F32","shape":[4,2],"data_offsets":[0,32]},"__metadata__":{"k":"v"}}"#;
+        let file = file(header, 32);
+        let numbers: Vec<u8> = (0..8u8).flat_map(|i| f32::from(i).to_le_bytes()).collect();
+        let mut bytes = std::fs::read(file.path()).expect("the file");
+        let data = bytes.len() - 32;
+        bytes[data..].copy_from_slice(&numbers);
+        std::fs::write(file.path(), bytes).expect("written");
+        let whole = Checkpoint::open(file.path()).expect("a whole file");
+        assert_eq!(whole.metadata("k"), Some("v"));
+        let name = |to: &str, part| Renamed { to: to.into(), from: "a".into(), part };
+        let names = [
+            name("whole", Part::Whole),
+            name("second", Part::Rows { index: 1, of: 2 }),
+            name("turned", Part::Transposed),
+        ];
+        let view = whole.view("a view".into(), &names).expect("a view");
+        let read = |name: &str, shape: &[usize]| view.tensor(name, shape).expect(name).to_vec();
+        assert_eq!(read("whole", &[4, 2]), [0., 1., 2., 3., 4., 5., 6., 7.]);
+        assert_eq!(read("second", &[2, 2]), [4., 5., 6., 7.]);
+        assert_eq!(read("turned", &[2, 4]), [0., 2., 4., 6., 1., 3., 5., 7.]);
+        let mut row = [0.0; 3];
+        view.tensor("turned", &[2, 4]).expect("turned").read(3, &mut row);
+        assert_eq!(row, [6., 1., 3.], "from the middle of a row on");
+        assert!(view.get("a").is_none());
+        for (from, part, words) in [
+            ("a", Part::Rows { index: 0, of: 3 }, "'a' of shape [4, 2] cannot be cut into 3 blocks"),
+            ("b", Part::Whole, "'b' is missing"),
+        ] {
+            let names = [Renamed { to: "x".into(), from: from.into(), part }];
+            let error = whole.view("a view".into(), &names).err().expect("an error").to_string();
+            assert!(error.contains(words), "{error}");
         }
     }
 

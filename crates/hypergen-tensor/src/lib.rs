@@ -15,7 +15,7 @@ mod tensor;
 mod weights;
 
 pub use changes::{Change, Changed, Delta, Magnitude, Module, Product, apply, bytes_to_change};
-pub use checkpoint::{Checkpoint, CheckpointError, FileDType, TensorInfo};
+pub use checkpoint::{Checkpoint, CheckpointError, FileDType, Part, Renamed, TensorInfo};
 pub use device::{Device, DeviceConfig};
 pub use hypergen_cpu::{Activation, CpuError};
 pub use packed::{Conv, GegluProjection, Linear, Norm};

@@ -50,9 +50,13 @@ pub(crate) struct GenerateArgs {
     /// What to draw, in words.
     pub(crate) prompt: String,
 
-    /// Model: a folder in the diffusers layout [default: the small emoji model inside this program].
-    #[arg(long, env = "HYPERGEN_MODEL", hide_env_values = true, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    /// Model: a folder in the diffusers layout or a .safetensors file [default: the small emoji model inside this program].
+    #[arg(long, env = "HYPERGEN_MODEL", hide_env_values = true, value_name = "MODEL", value_hint = ValueHint::AnyPath)]
     pub(crate) model: Option<String>,
+
+    /// A VAE to use instead of the model's own: a .safetensors file or a folder.
+    #[arg(long, env = "HYPERGEN_VAE", hide_env_values = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub(crate) vae: Option<std::path::PathBuf>,
 
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help = OUTPUT_HELP, long_help = OUTPUT_LONG_HELP)]
     pub(crate) output: Option<std::path::PathBuf>,
@@ -158,6 +162,8 @@ Examples:
       writes cat-1.png, cat-2.png, cat-3.png and cat-4.png
   hypergen generate \"a castle at dusk\" --model ./stable-diffusion-v1-5 --size 512x768 --steps 25
       a model of your own, in the diffusers folder layout
+  hypergen generate \"a castle at dusk\" --model ./v1-5-pruned.safetensors --vae ./vae-ft-mse.safetensors
+      a single file, with another VAE than its own
   hypergen generate \"a (red:1.3) fox, [snow]\" --prompt-syntax a1111 --clip-skip 1 --model ./stable-diffusion-v1-5
       weights as in A1111's web interface; docs/prompts.md tells the rules
   hypergen generate \"red apple\" -o - | magick - apple.gif
@@ -173,8 +179,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(bench_presets()), hide_possible_values = true)]
     pub(crate) preset: Option<String>,
 
-    /// Model to measure instead: a folder in the diffusers layout.
-    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath, conflicts_with = "preset")]
+    /// Model to measure instead: a folder in the diffusers layout or a .safetensors file.
+    #[arg(long, value_name = "MODEL", value_hint = ValueHint::AnyPath, conflicts_with = "preset")]
     pub(crate) model: Option<String>,
 
     /// Width and height as WIDTHxHEIGHT [default: the model's native size].

@@ -60,7 +60,11 @@ pub(crate) fn run(args: &GenerateArgs, console: &mut Console<'_>) -> anyhow::Res
     if let Some(caveat) = args.dtype.caveat() {
         console.tell(&format!("warning: {caveat}"));
     }
-    let options = LoadOptions { dtype: args.dtype, threads: args.threads.map(|n| n.get().into()) };
+    let options = LoadOptions {
+        dtype: args.dtype,
+        threads: args.threads.map(|n| n.get().into()),
+        vae: args.vae.clone(),
+    };
     let mut pipeline = {
         let loading = Loading::start();
         load(args.model.as_deref(), &options, &mut |progress| loading.update(progress))?

@@ -42,13 +42,15 @@ pub(crate) type Shapes = BTreeMap<String, Vec<f64>>;
 #[derive(Debug, Deserialize)]
 pub(crate) struct Checkpoint {
     /// Contents of JSON files by path.
-    files: BTreeMap<String, Value>,
+    pub(crate) files: BTreeMap<String, Value>,
     /// What sets a tokenizer.json apart from the one in `models/emoji`.
+    #[serde(default)]
     tokenizers: BTreeMap<String, Map<String, Value>>,
     /// JSON files of an older tokenizer folder, by path.
+    #[serde(default)]
     transformers4: BTreeMap<String, Value>,
     /// Weight files by path.
-    tensors: BTreeMap<String, Shapes>,
+    pub(crate) tensors: BTreeMap<String, Shapes>,
 }
 
 impl Checkpoint {
@@ -148,9 +150,10 @@ pub(crate) fn write_weights(path: &Path, shapes: &Shapes, layout: &Layout) {
     write_json(&folder.join(format!("{stem}.safetensors.index{dotted}.json")), &index);
 }
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+/// Tensors of one file: type, shape and bytes.
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-fn write_safetensors(path: &Path, tensors: &Tensors) {
+pub(crate) fn write_safetensors(path: &Path, tensors: &Tensors) {
     let views = tensors.iter().map(|(key, (dtype, shape, bytes))| {
         (key, TensorView::new(*dtype, shape.clone(), bytes).expect("a shape that fits its bytes"))
     });
@@ -158,7 +161,7 @@ fn write_safetensors(path: &Path, tensors: &Tensors) {
     safetensors::serialize_to_file(views, Some(metadata), path).expect("a weight file");
 }
 
-fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
+pub(crate) fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
         Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),

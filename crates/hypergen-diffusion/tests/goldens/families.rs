@@ -39,7 +39,7 @@ fn distilled_families_are_recognised_and_what_diffusers_draws() {
         Checkpoint::named(&case.checkpoint).write(folder.path(), &Layout::plain());
         let scheduler = folder.path().join("scheduler/scheduler_config.json");
         write_json(&scheduler, &goldens.schedulers[&case.scheduler]);
-        let options = LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2) };
+        let options = LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2), ..LoadOptions::default() };
         let mut model = load(folder.path().to_str(), &options, &mut |_| {}).expect("a checkpoint that loads");
 
         assert_eq!(model.info().family, case.family, "{name}");

@@ -11,5 +11,6 @@ mod formula;
 mod networks;
 mod pipelines;
 mod prompts;
+mod single_file;
 mod stages;
 mod tokens;

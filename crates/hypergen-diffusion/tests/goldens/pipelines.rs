@@ -172,7 +172,7 @@ pub(crate) struct Loaded {
 
 impl Loaded {
     pub(crate) fn new(path: &Path, folder: TempDir, dtype: DTypeChoice, threads: usize) -> Self {
-        let options = LoadOptions { dtype, threads: Some(threads) };
+        let options = LoadOptions { dtype, threads: Some(threads), ..LoadOptions::default() };
         let pipeline = load(path.to_str(), &options, &mut |_| {}).expect("a checkpoint that loads");
         Self { pipeline, _folder: folder }
     }

@@ -43,7 +43,7 @@ fn clip(pad: &str) -> Tokenizer {
     write_json(&part.join("vocab.json"), &Value::Object(vocabulary(&merges)));
     fs::write(part.join("merges.txt"), format!("#version: 0.2\n{merges}")).expect("merges.txt");
     write_json(&part.join("tokenizer_config.json"), &json!({"model_max_length": 77, "pad_token": pad}));
-    let model = ModelFiles::folder(folder.path()).expect("a model's folder");
+    let model = ModelFiles::at(folder.path()).expect("a model's folder");
     Tokenizer::load(&model, "tokenizer", 77, 49408).expect("a tokenizer")
 }
 

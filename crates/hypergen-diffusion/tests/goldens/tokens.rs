@@ -87,7 +87,7 @@ fn ids_are_those_of_transformers() {
         for (file, content) in files.as_object().unwrap() {
             write_json(&part.join(file), content);
         }
-        let model = ModelFiles::folder(folder.path()).expect("a model's folder");
+        let model = ModelFiles::at(folder.path()).expect("a model's folder");
         let tokenizer = Tokenizer::load(&model, "tokenizer", 77, 49408).expect("a tokenizer");
         check(&tokenizer, name, &goldens["ids"][name], goldens["prompts"].as_array().unwrap());
     }
@@ -96,7 +96,7 @@ fn ids_are_those_of_transformers() {
 #[test]
 fn ids_of_the_embedded_model_are_those_of_transformers() {
     let goldens = fixture::json("tokens.json");
-    let model = ModelFiles::folder(&repository().join("models/emoji")).expect("the embedded model's folder");
+    let model = ModelFiles::at(&repository().join("models/emoji")).expect("the embedded model's folder");
     let tokenizer = Tokenizer::load(&model, "tokenizer", 32, 4316).expect("a tokenizer");
     check(&tokenizer, "emoji", &goldens["ids"]["emoji"], goldens["prompts"].as_array().unwrap());
 }
@@ -104,7 +104,7 @@ fn ids_of_the_embedded_model_are_those_of_transformers() {
 /// What a user is told of a prompt that was cut begins where the cut is.
 #[test]
 fn a_cut_prompt_says_what_was_lost() {
-    let model = ModelFiles::folder(&repository().join("models/emoji")).expect("the embedded model's folder");
+    let model = ModelFiles::at(&repository().join("models/emoji")).expect("the embedded model's folder");
     let tokenizer = Tokenizer::load(&model, "tokenizer", 32, 4316).expect("a tokenizer");
     let words = ["red apple"; 20].join(" ");
     let lost = tokenizer.encode(&words).expect("ids").truncated.expect("a cut prompt");
