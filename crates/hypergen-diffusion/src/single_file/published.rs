@@ -33,9 +33,12 @@ pub(super) fn refuse_pickle(path: &Path) -> Result<(), Error> {
     ))
 }
 
+/// Makes a scheduler's file.
+type Scheduler = fn() -> Value;
+
 /// Files of distilled models whose tensors are those of the base model: by
 /// their published names, or the titles that they carry.
-const DISTILLED: &[(Kind, &str, fn() -> Value)] = &[
+const DISTILLED: &[(Kind, &str, Scheduler)] = &[
     (Kind::Xl, "xl_turbo", families::sdxl_turbo),
     (Kind::Xl, "xl_lightning_1step", families::lightning_one),
     (Kind::Xl, "xl_lightning", families::lightning),
