@@ -30,6 +30,8 @@ pub(crate) struct Encoded {
 struct Reading {
     syntax: PromptSyntax,
     skip: usize,
+    /// Tells the encoders' present weights from those that other LoRAs make of them.
+    weights: u64,
 }
 
 /// Both sides of guidance, equally long.
@@ -46,6 +48,8 @@ pub(crate) struct TextConditioner {
     state: HiddenState,
     /// An absent negative prompt is zeros, not the encoding of "".
     zeros_for_absent: bool,
+    /// The number of the encoders' present weights.
+    weights: u64,
     cache: VecDeque<(String, Reading, Arc<Encoded>)>,
 }
 
@@ -57,7 +61,13 @@ const NEGATIVE_PROMPT: &str = "negative_prompt";
 
 impl TextConditioner {
     pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
-        Self { parts, state, zeros_for_absent, cache: VecDeque::new() }
+        Self { parts, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
+    }
+
+    /// Says that the encoders' weights are now those of this number: what was
+    /// encoded with others is not what they give.
+    pub(crate) fn set_weights(&mut self, weights: u64) {
+        self.weights = weights;
     }
 
     /// Checks that encoders and UNet belong together.
@@ -116,7 +126,8 @@ impl TextConditioner {
     /// # Errors
     /// When a prompt cannot be read, or an encoder's numbers are not finite.
     pub(crate) fn encode(&mut self, request: &Request, guided: bool) -> Result<Sides, Error> {
-        let reading = Reading { syntax: request.prompt_syntax, skip: request.clip_skip };
+        let reading =
+            Reading { syntax: request.prompt_syntax, skip: request.clip_skip, weights: self.weights };
         // diffusers leaves layers out for the prompt alone; A1111 for both.
         let negative_skip = if reading.syntax == PromptSyntax::Plain { 0 } else { reading.skip };
         let negative = Reading { skip: negative_skip, ..reading };

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::lora::Lora;
 use crate::request::{Request, Size};
 
 /// A finished picture.
@@ -92,6 +93,18 @@ pub trait Generator: Send {
     /// # Errors
     /// With [`ErrorKind::Request`].
     fn check(&self, request: &Request) -> Result<(), Error>;
+
+    /// Checks whether these LoRAs can be applied to this model, without
+    /// drawing: what a server asks when it starts.
+    ///
+    /// # Errors
+    /// By default for all: a generator need not know LoRAs.
+    fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
+        match loras {
+            [] => Ok(()),
+            _ => Err(Error::new(ErrorKind::Model, "this model takes no LoRA")),
+        }
+    }
 
     /// Draws all requests in shared forward passes; they must agree
     /// ([`Request::agrees_with`]). The pictures come in the requests' order

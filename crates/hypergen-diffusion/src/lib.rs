@@ -17,6 +17,7 @@ pub mod files;
 mod finite;
 mod generator;
 mod load;
+pub mod lora;
 mod memory;
 pub mod models;
 mod pipeline;

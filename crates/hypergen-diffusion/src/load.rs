@@ -5,12 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Tensor, TorchGenerator};
+use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Module, Tensor, TorchGenerator};
 use serde_json::Value;
 
 use crate::conditioning::{TextConditioner, TextPart};
 use crate::families::{self, Family, Traits};
 use crate::files::ModelFiles;
+use crate::lora::{Adapters, Component, DEFAULT_CACHE, Targets};
 use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
 use crate::models::unet::{UNet, UNetConfig};
 use crate::models::vae::{Decoder, VaeConfig};
@@ -81,6 +82,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// A VAE to use instead of the model's own: a single file or a folder.
     pub vae: Option<PathBuf>,
+    /// Bytes of weights with LoRAs that are kept for their next request; `None`: 4 GiB.
+    pub lora_cache: Option<usize>,
 }
 
 /// How far loading has come, in bytes of packed weights.
@@ -133,7 +136,7 @@ pub(crate) fn load_files(
         done.set(done.get() + bytes);
         (progress.borrow_mut())(LoadProgress { done: done.get().min(total), total });
     };
-    let loading = Loading { files, device: &device, dtype, report: &report };
+    let loading = Loading { files, device: &device, dtype, report: &report, modules: RefCell::default() };
 
     let unet = loading.unet(&parts.unet)?;
     let text = loading.text(&parts, &unet)?;
@@ -176,8 +179,21 @@ pub(crate) fn load_files(
         default_guidance: family.guidance,
         min_guidance: family.min_guidance,
     };
+    let modules = loading.modules.into_inner();
+    let adapters = Adapters::new(Targets::new(modules), options.lora_cache.unwrap_or(DEFAULT_CACHE));
     device.release_unused();
-    Ok(Pipeline { info, device, dtype, text, unet, vae, scheduler, native_only: embedded, warm: None })
+    Ok(Pipeline {
+        info,
+        device,
+        dtype,
+        text,
+        unet,
+        vae,
+        adapters,
+        scheduler,
+        native_only: embedded,
+        warm: None,
+    })
 }
 
 /// The scheduler's file. A single file of Stable Diffusion 2.x does not say
@@ -298,6 +314,8 @@ struct Loading<'a> {
     device: &'a Device,
     dtype: DType,
     report: &'a dyn Fn(u64),
+    /// What LoRAs can change, by the part that it belongs to.
+    modules: RefCell<Vec<(Component, Vec<Module>)>>,
 }
 
 impl Loading<'_> {
@@ -313,6 +331,7 @@ impl Loading<'_> {
         let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
         let unet = UNet::load(&loader.root(), config)?;
         nothing_left(&loader, checkpoint, |_| false)?;
+        self.modules.borrow_mut().push((Component::UNet, loader.modules()));
         Ok(unet)
     }
 
@@ -336,6 +355,8 @@ impl Loading<'_> {
             let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
             let encoder = TextEncoder::load(&loader.root(), config)?;
             nothing_left(&loader, checkpoint, beside_text_encoder)?;
+            let component = if loaded.is_empty() { Component::Text } else { Component::Text2 };
+            self.modules.borrow_mut().push((component, loader.modules()));
             loaded.push(TextPart { tokenizer, encoder });
         }
         // SDXL takes the penultimate layer of both encoders as it is.

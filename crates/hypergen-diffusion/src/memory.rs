@@ -28,6 +28,24 @@ pub(crate) fn check(size: Size, vae: &VaeConfig, dtype: DType) -> Result<(), Err
     }
 }
 
+/// Refuses a LoRA whose merged weights do not fit into what is free now.
+///
+/// # Errors
+/// With [`ErrorKind::OutOfMemory`], and both figures in the message.
+pub(crate) fn check_lora(needed: usize) -> Result<(), Error> {
+    match available() {
+        Some(free) if needed as u64 > free => Err(Error::new(
+            ErrorKind::OutOfMemory,
+            format!(
+                "out of memory: the weights with this LoRA take {:.1} GB and {:.1} GB are free",
+                needed as f64 / 1e9,
+                free as f64 / 1e9
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Bytes that decoding holds at once. Its last level is by far the largest:
 /// input, normalised input, output and shortcut of its first residual block,
 /// at the picture's full size.

@@ -7,6 +7,7 @@ use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
 use crate::conditioning::{Encoded, TextConditioner};
 use crate::enlarge::enlarge;
 use crate::finite::finite;
+use crate::lora::{Adapters, Lora};
 use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
@@ -25,6 +26,7 @@ pub struct Pipeline {
     pub(crate) text: TextConditioner,
     pub(crate) unet: UNet,
     pub(crate) vae: Decoder,
+    pub(crate) adapters: Adapters,
     /// `scheduler_config.json` as it was read.
     pub(crate) scheduler: serde_json::Value,
     /// The model draws only at its native size; others are enlarged from it.
@@ -88,6 +90,8 @@ impl Pipeline {
             self.device.release_unused();
         }
         stop_if_unwanted(observer, requests.len())?;
+        self.adapters.activate(&first.loras, &self.device)?;
+        self.text.set_weights(self.adapters.text());
         let started = Instant::now();
         let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
         let conditioning = self.condition(requests, guided, size)?;
@@ -221,6 +225,10 @@ impl Generator for Pipeline {
             });
         }
         self.sampler(request).map(|_| ())
+    }
+
+    fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
+        self.adapters.check(loras)
     }
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::lora::Lora;
 use crate::prompt::{self, LoraTag, PromptSyntax};
 use crate::samplers::SamplerKind;
 use crate::size_conditioning::SizeConditioning;
@@ -171,6 +172,8 @@ pub struct Request {
     pub sizes: SizeConditioning,
     /// The same for the negative side of guidance; `None`: as the positive one.
     pub negative_sizes: Option<SizeConditioning>,
+    /// Added up; those of scale 0 are left out.
+    pub loras: Vec<Lora>,
 }
 
 impl Request {
@@ -189,6 +192,7 @@ impl Request {
             guidance_rescale: GUIDANCE_RESCALE.default,
             sizes: SizeConditioning::default(),
             negative_sizes: None,
+            loras: vec![],
         }
     }
 
@@ -199,6 +203,7 @@ impl Request {
             && self.guidance_scale == other.guidance_scale
             && self.guidance_rescale == other.guidance_rescale
             && self.sampler == other.sampler
+            && self.loras == other.loras
             && self.as_long_as(other)
     }
 

@@ -194,7 +194,12 @@ impl ServeConfig {
 
     /// What loading the model needs to know.
     pub fn load_options(&self) -> LoadOptions {
-        LoadOptions { dtype: self.dtype, threads: self.threads, vae: self.vae.clone() }
+        LoadOptions {
+            dtype: self.dtype,
+            threads: self.threads,
+            vae: self.vae.clone(),
+            ..LoadOptions::default()
+        }
     }
 
     /// What requests get that do not say.

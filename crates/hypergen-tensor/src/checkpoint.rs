@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -143,6 +144,7 @@ impl TensorInfo {
 
 enum Bytes {
     Mapped(Mmap),
+    Read(Vec<u8>),
     Static(&'static [u8]),
 }
 
@@ -150,6 +152,7 @@ impl Bytes {
     fn as_slice(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
             Self::Static(bytes) => bytes,
         }
     }
@@ -181,8 +184,42 @@ impl Checkpoint {
     /// # Errors
     /// When it cannot be read or its header does not fit its contents.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let mut checkpoint = Self::empty(path.display().to_string());
-        checkpoint.add_file(path)?;
+        Self::open_as(path, &path.display().to_string())
+    }
+
+    /// Maps one safetensors file that messages call `label`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_as(path: &Path, label: &str) -> Result<Self, CheckpointError> {
+        let mut checkpoint = Self::empty(label.to_owned());
+        checkpoint.add_file(path, label.to_owned())?;
+        Ok(checkpoint)
+    }
+
+    /// Reads one safetensors file of at most `limit` bytes into memory, so that
+    /// whatever happens to the file later does no harm. Messages call it `label`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and when the file is larger.
+    pub fn read(path: &Path, label: &str, limit: u64) -> Result<Self, CheckpointError> {
+        let io = |source| CheckpointError::Io { path: label.to_owned(), source };
+        let wrong = |reason: String| CheckpointError::Format { path: label.to_owned(), reason };
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(wrong("it is not a file".into()));
+        }
+        if metadata.len() == 0 {
+            return Err(wrong("it is empty".into()));
+        }
+        if metadata.len() > limit {
+            return Err(wrong(format!("its {} bytes are more than the {limit} allowed", metadata.len())));
+        }
+        let mut bytes = Vec::with_capacity(metadata.len() as usize);
+        file.take(limit).read_to_end(&mut bytes).map_err(io)?;
+        let mut checkpoint = Self::empty(label.to_owned());
+        checkpoint.add(label.to_owned(), Bytes::Read(bytes))?;
         Ok(checkpoint)
     }
 
@@ -213,7 +250,8 @@ impl Checkpoint {
         }
         let folder = path.parent().unwrap_or(Path::new("."));
         for file in files {
-            checkpoint.add_file(&folder.join(beside(file).map_err(&wrong)?))?;
+            let shard = folder.join(beside(file).map_err(&wrong)?);
+            checkpoint.add_file(&shard, shard.display().to_string())?;
         }
         for (tensor, file) in map {
             let found = checkpoint.tensors.get(tensor);
@@ -248,8 +286,7 @@ impl Checkpoint {
         Self { random: false, label, sources: vec![], tensors: HashMap::new(), metadata: HashMap::new() }
     }
 
-    fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let label = path.display().to_string();
+    fn add_file(&mut self, path: &Path, label: String) -> Result<(), CheckpointError> {
         let io = |source| CheckpointError::Io { path: label.clone(), source };
         let file = File::open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;

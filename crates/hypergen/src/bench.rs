@@ -27,7 +27,11 @@ pub(crate) fn run(args: &BenchArgs, console: &mut Console<'_>) -> Result<()> {
     let guidance = if subject == Subject::Preset(Preset::SdxlTurbo) { 1.0 } else { GUIDANCE_SCALE.default };
     let options = BenchOptions {
         subject,
-        load: LoadOptions { dtype: args.dtype, threads: args.threads.map(|n| n.get().into()), vae: None },
+        load: LoadOptions {
+            dtype: args.dtype,
+            threads: args.threads.map(|n| n.get().into()),
+            ..LoadOptions::default()
+        },
         size: args.size,
         steps: args.steps,
         batch: args.batch.into(),

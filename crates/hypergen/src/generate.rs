@@ -64,6 +64,7 @@ pub(crate) fn run(args: &GenerateArgs, console: &mut Console<'_>) -> anyhow::Res
         dtype: args.dtype,
         threads: args.threads.map(|n| n.get().into()),
         vae: args.vae.clone(),
+        ..LoadOptions::default()
     };
     let mut pipeline = {
         let loading = Loading::start();

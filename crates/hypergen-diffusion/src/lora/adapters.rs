@@ -1,0 +1,151 @@
+//! The LoRAs of a loaded model: which are applied now, and which were lately.
+//!
+//! Applied weights are kept as long as they fit into a bound of bytes, so that
+//! requests that alternate exchange pointers. A set of LoRAs is known by its
+//! files (with size and time, so that a file that was replaced is read anew)
+//! and scales; a scale of 0 is no LoRA.
+
+use std::collections::VecDeque;
+use std::fs::Metadata;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use hypergen_tensor::{Changed, Device, apply, bytes_to_change};
+
+use super::bind::{Targets, bind};
+use super::file::LoraFile;
+use super::{Lora, PARAM};
+use crate::{Error, memory};
+
+/// One LoRA of a set, as far as it decides about weights.
+#[derive(Debug, Clone, PartialEq)]
+struct Part {
+    path: PathBuf,
+    bytes: u64,
+    modified: Option<SystemTime>,
+    scale: f64,
+}
+
+/// Changed weights of a set of LoRAs.
+struct Set {
+    parts: Vec<Part>,
+    changed: Vec<Changed>,
+    bytes: usize,
+    /// A number that tells its text encoders' weights from all others; 0 where
+    /// they are the loaded ones.
+    text: u64,
+}
+
+/// See the module's description.
+pub(crate) struct Adapters {
+    targets: Targets,
+    /// Bytes of changed weights that may be kept.
+    limit: usize,
+    /// The latest first; the first may be the active one.
+    sets: VecDeque<Set>,
+    active: bool,
+    made: u64,
+}
+
+impl Adapters {
+    pub(crate) fn new(targets: Targets, limit: usize) -> Self {
+        Self { targets, limit, sets: VecDeque::new(), active: false, made: 0 }
+    }
+
+    /// Bytes of changed weights that are held.
+    pub(crate) fn held(&self) -> usize {
+        self.sets.iter().map(|set| set.bytes).sum()
+    }
+
+    /// A number that tells the text encoders' present weights from others: 0
+    /// for the loaded ones.
+    pub(crate) fn text(&self) -> u64 {
+        self.sets.front().filter(|_| self.active).map_or(0, |set| set.text)
+    }
+
+    /// Whether these LoRAs can be applied.
+    ///
+    /// # Errors
+    /// As [`Adapters::activate`].
+    pub(crate) fn check(&self, loras: &[Lora]) -> Result<(), Error> {
+        loras.iter().try_for_each(|lora| {
+            bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale).map(|_| ())
+        })
+    }
+
+    /// Lets the model compute with these LoRAs, and with no others.
+    ///
+    /// # Errors
+    /// When a file cannot be used; the model then computes with its loaded weights.
+    pub(crate) fn activate(&mut self, loras: &[Lora], device: &Device) -> Result<(), Error> {
+        let wanted: Vec<&Lora> = loras.iter().filter(|l| l.scale != 0.0).collect();
+        let parts: Vec<Part> = wanted.iter().map(|lora| part(lora)).collect();
+        let same = |set: &Set| set.parts == parts;
+        if self.active && self.sets.front().is_some_and(same) {
+            return Ok(());
+        }
+        self.deactivate();
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let set = match self.sets.iter().position(same).and_then(|at| self.sets.remove(at)) {
+            Some(set) => set,
+            None => self.make(&wanted, parts, device)?,
+        };
+        set.changed.iter().for_each(Changed::install);
+        self.sets.push_front(set);
+        self.active = true;
+        Ok(())
+    }
+
+    /// Goes back to the loaded weights.
+    fn deactivate(&mut self) {
+        if std::mem::take(&mut self.active)
+            && let Some(set) = self.sets.front()
+        {
+            set.changed.iter().for_each(Changed::restore);
+        }
+        self.shrink(0);
+    }
+
+    /// Forgets the oldest sets until `more` bytes fit into the bound, or none is left.
+    fn shrink(&mut self, more: usize) {
+        while !self.sets.is_empty() && self.held() + more > self.limit {
+            self.sets.pop_back();
+        }
+    }
+
+    fn make(&mut self, loras: &[&Lora], parts: Vec<Part>, device: &Device) -> Result<Set, Error> {
+        let mut changes = vec![];
+        let mut text = false;
+        for lora in loras {
+            let bound = bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale)?;
+            changes.extend(bound.changes);
+            text |= bound.text;
+        }
+        let bytes = bytes_to_change(changes.iter().map(|(module, _)| module));
+        self.shrink(bytes);
+        memory::check_lora(bytes).map_err(|e| Error { param: Some(PARAM), ..e })?;
+        let changed = apply(device, &changes);
+        self.made += 1;
+        Ok(Set { parts, changed, bytes, text: if text { self.made } else { 0 } })
+    }
+}
+
+fn part(lora: &Lora) -> Part {
+    let metadata = std::fs::metadata(&lora.path).ok();
+    Part {
+        path: canonical(&lora.path),
+        bytes: metadata.as_ref().map_or(0, Metadata::len),
+        modified: metadata.and_then(|m| m.modified().ok()),
+        scale: lora.scale,
+    }
+}
+
+fn canonical(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// What may be kept where nothing else is said: one LoRA of SDXL's attention in bfloat16,
+/// several of SD 1.5.
+pub(crate) const DEFAULT_CACHE: usize = 4 << 30;
