@@ -5,6 +5,7 @@ from pathlib import Path
 
 import blocks
 import families
+import lora
 import pipelines
 import prompts
 import samplers
@@ -23,6 +24,7 @@ def main() -> None:
         families.make(Path(scratch))
         prompts.make(Path(scratch))
         single_file.make(Path(scratch))
+        lora.make(Path(scratch) / "lora")
 
 
 if __name__ == "__main__":

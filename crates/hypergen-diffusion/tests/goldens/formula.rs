@@ -8,7 +8,7 @@ fn fnv1a(text: &str) -> u64 {
 
 /// `count` numbers in [-1, 1): the top 24 bits of a splitmix64 stream that the
 /// name seeds.
-fn uniform(name: &str, count: usize) -> impl Iterator<Item = f32> {
+pub(crate) fn uniform(name: &str, count: usize) -> impl Iterator<Item = f32> + use<> {
     let seed = fnv1a(name);
     (1..=count as u64).map(move |i| {
         let mut z = seed.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));

@@ -8,6 +8,7 @@ mod checkpoint;
 mod families;
 mod fixture;
 mod formula;
+mod lora;
 mod networks;
 mod pipelines;
 mod prompts;
