@@ -137,7 +137,8 @@ impl Model {
 }
 
 fn open(path: &Path, vae: Option<PathBuf>) -> Result<Pipeline, String> {
-    let options = LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2), vae };
+    let options =
+        LoadOptions { dtype: DTypeChoice::Float32, threads: Some(2), vae, ..LoadOptions::default() };
     load(path.to_str(), &options, &mut |_| {}).map_err(|e| e.message)
 }
 
