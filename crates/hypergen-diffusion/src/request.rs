@@ -93,7 +93,8 @@ impl Size {
         for side in [width, height] {
             if side == 0 || side % Self::MULTIPLE != 0 {
                 let near = |v: usize| {
-                    (v.div_ceil(Self::MULTIPLE) * Self::MULTIPLE).clamp(Self::MULTIPLE, Self::MAX_SIDE)
+                    (v.min(Self::MAX_SIDE).div_ceil(Self::MULTIPLE) * Self::MULTIPLE)
+                        .clamp(Self::MULTIPLE, Self::MAX_SIDE)
                 };
                 return Err(ParameterError {
                     param: "size",

@@ -250,8 +250,11 @@ impl Checkpoint {
         }
         let folder = path.parent().unwrap_or(Path::new("."));
         for file in files {
-            let shard = folder.join(beside(file).map_err(&wrong)?);
-            checkpoint.add_file(&shard, shard.display().to_string())?;
+            let path = folder.join(beside(file).map_err(&wrong)?);
+            if !path.exists() {
+                return Err(wrong(format!("it names {file}, which is not there; is the download complete?")));
+            }
+            checkpoint.add_file(&path, path.display().to_string())?;
         }
         for (tensor, file) in map {
             let found = checkpoint.tensors.get(tensor);
@@ -291,7 +294,8 @@ impl Checkpoint {
         let file = File::open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
         if !metadata.is_file() {
-            return Err(CheckpointError::Format { path: label, reason: "it is not a file".into() });
+            let what = if metadata.is_dir() { "it is a folder" } else { "it is not a file" };
+            return Err(CheckpointError::Format { path: label, reason: what.into() });
         }
         if metadata.len() == 0 {
             return Err(CheckpointError::Format { path: label, reason: "it is empty".into() });
@@ -306,8 +310,8 @@ impl Checkpoint {
     fn add(&mut self, label: String, bytes: Bytes) -> Result<(), CheckpointError> {
         let wrong = |reason: String| CheckpointError::Format { path: label.clone(), reason };
         let data = bytes.as_slice();
-        let (header, metadata) =
-            SafeTensors::read_metadata(data).map_err(|e| wrong(explain(&e, data.len())))?;
+        let (header, metadata) = SafeTensors::read_metadata(data)
+            .map_err(|e| wrong(foreign(data).unwrap_or_else(|| explain(&e, data.len()))))?;
         // The crate checks offsets against each other; the end of the file is for us to check.
         let begin = header + 8;
         let tensors = metadata.tensors();
@@ -599,6 +603,27 @@ fn beside(file: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// What a file that is no safetensors file is, by how it begins.
+fn foreign(data: &[u8]) -> Option<String> {
+    let page = |tag: &[u8]| data.get(..tag.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(tag));
+    let what = match data {
+        // A zip archive, and the pickle protocols 2 to 5: both forms of torch.save.
+        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
+            "it is a pickle, which can run code when it is read, and is never read here: get the model's .safetensors \
+             file, or convert it where you trust it"
+        }
+        _ if data.starts_with(b"version https://git-lfs") => {
+            "it is a Git LFS pointer and not the file itself: run 'git lfs pull' where it came from"
+        }
+        _ if page(b"<!doctype html") || page(b"<html") => {
+            "it is a web page: the download asked for a login or failed; download the file again"
+        }
+        _ if data.starts_with(b"GGUF") => "it is a GGUF file; only safetensors files are read",
+        _ => return None,
+    };
+    Some(what.to_owned())
+}
+
 /// Words for the reader's terse errors, with the mend.
 fn explain(error: &SafeTensorError, len: usize) -> String {
     let again = "the file is truncated or damaged: download it again";
@@ -674,7 +699,7 @@ mod tests {
     fn what_is_no_safetensors_file_is_named() {
         let mut pickle = tempfile::NamedTempFile::new().expect("a temporary file");
         pickle.write_all(b"\x80\x02}q\x00X\x05\xff\xff\xff and so on").expect("written");
-        assert!(error(&pickle).contains("another format"), "{}", error(&pickle));
+        assert!(error(&pickle).contains("is a pickle"), "{}", error(&pickle));
         let empty = tempfile::NamedTempFile::new().expect("a temporary file");
         assert!(error(&empty).contains("empty"), "{}", error(&empty));
         let missing =

@@ -9,7 +9,7 @@ use crate::{Error, ErrorKind};
 
 /// A field that is either one number for all levels or a list by level.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a whole number or a list of them is wanted")]
 pub(crate) enum PerLevel {
     One(usize),
     Many(Vec<usize>),
@@ -51,7 +51,19 @@ pub(crate) fn parse<T: DeserializeOwned>(json: &Value, fixed: &[Fixed]) -> Resul
             return Err(bad(format!("'{field}' is {text}; only {} can be drawn with", allowed.join(" or "))));
         }
     }
-    T::deserialize(json).map_err(|e| bad(e.to_string()))
+    T::deserialize(json).map_err(|e| match culprit::<T>(json) {
+        Some((field, value, e)) => bad(format!("'{field}' is {value}: {e}")),
+        None => bad(e.to_string()),
+    })
+}
+
+/// The field that cannot be read, with its value and what is wrong with it.
+/// All fields have defaults, so each can be read alone.
+fn culprit<T: DeserializeOwned>(json: &Value) -> Option<(&String, &Value, serde_json::Error)> {
+    json.as_object()?.iter().find_map(|(field, value)| {
+        let alone = serde_json::Map::from_iter([(field.clone(), value.clone())]);
+        Some((field, value, T::deserialize(Value::Object(alone)).err()?))
+    })
 }
 
 /// Checks that a size of a network is neither zero nor absurd, before

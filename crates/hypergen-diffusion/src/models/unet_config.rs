@@ -216,6 +216,16 @@ impl UNetConfig {
     }
 }
 
+/// More blocks in a row than this is no UNet but a mistake.
+const MAX_BLOCKS: usize = 256;
+
+fn blocks(field: &str, count: usize) -> Result<usize, Error> {
+    if count > MAX_BLOCKS {
+        return Err(bad(format!("'{field}' is {count}, which no network has")));
+    }
+    Ok(count)
+}
+
 fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
     let count = raw.block_out_channels.len();
     if count == 0 || count > 8 {
@@ -252,9 +262,9 @@ fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
             }
             Ok(Level {
                 channels,
-                layers: sane("layers_per_block", layers[i])?.min(256),
+                layers: blocks("layers_per_block", sane("layers_per_block", layers[i])?)?,
                 heads: heads[i],
-                transformer_layers: depth[i].min(256),
+                transformer_layers: blocks("transformer_layers_per_block", depth[i])?,
                 context: sane("cross_attention_dim", context[i])?,
                 attention_down,
                 attention_up,

@@ -278,7 +278,7 @@ fn a_unet_that_predicts_noise_is_found_out() {
             }
             Some("out.0.weight") => values.fill(1.0),
             Some("out.2.weight") => {
-                (0..8).for_each(|i| set_tap(&mut values, &shape, i / 2, i, [1.0, -1.0][i % 2]))
+                (0..8).for_each(|i| set_tap(&mut values, &shape, i / 2, i, [1.0, -1.0][i % 2]));
             }
             _ if *name == shortcut => {
                 let skipped = shape[1] - shape[0];
