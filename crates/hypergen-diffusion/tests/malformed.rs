@@ -531,7 +531,7 @@ fn config_rows() -> Vec<Row> {
 }
 
 fn options() -> LoadOptions {
-    LoadOptions { dtype: DTypeChoice::Float32, threads: Some(1), vae: None }
+    LoadOptions { dtype: DTypeChoice::Float32, threads: Some(1), ..LoadOptions::default() }
 }
 
 fn open(path: &Path) -> Result<Pipeline, hypergen_diffusion::Error> {
