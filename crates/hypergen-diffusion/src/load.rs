@@ -82,7 +82,7 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// A VAE to use instead of the model's own: a single file or a folder.
     pub vae: Option<PathBuf>,
-    /// Bytes of weights with LoRAs that are kept for their next request; `None`: 4 GiB.
+    /// Bytes of weights with LoRAs that are kept for their next request; `None`: 2 GiB.
     pub lora_cache: Option<usize>,
 }
 

@@ -11,6 +11,7 @@ use crate::lora::{Adapters, Lora};
 use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
+use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
 use crate::samplers::{self, Sampler};
 use crate::{
@@ -217,11 +218,16 @@ impl Generator for Pipeline {
         GUIDANCE_RESCALE.check(request.guidance_rescale)?;
         self.text.check(request)?;
         self.check_sizes(request)?;
-        if let Some(tag) = request.lora_tags()?.first() {
+        // Whoever makes a request looks up what its prompt names.
+        let found = |tag: &LoraTag| request.loras.iter().any(|lora| lora.name == tag.name);
+        if let Some(tag) = request.lora_tags()?.iter().find(|tag| !found(tag)) {
             return Err(Error {
                 kind: ErrorKind::Request,
                 param: Some("prompt"),
-                message: format!("this version cannot apply LoRA weights: leave <lora:{}:...> out", tag.name),
+                message: format!(
+                    "the LoRA <lora:{}> of the prompt was not looked up: give it as a LoRA",
+                    tag.name
+                ),
             });
         }
         self.sampler(request).map(|_| ())

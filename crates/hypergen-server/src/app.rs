@@ -24,8 +24,9 @@ use crate::body::{self, BodyLimits};
 use crate::config::ServeConfig;
 use crate::engine::Engine;
 use crate::error::ServeError;
+use crate::loras::Loras;
 use crate::metrics::Metrics;
-use crate::routes::{docs, generations, health, images, metrics, models};
+use crate::routes::{docs, generations, health, images, loras, metrics, models};
 use crate::store::ImageStore;
 use crate::{openapi, trace};
 
@@ -35,6 +36,7 @@ pub(crate) struct Shared {
     pub(crate) store: ImageStore,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) parameters: Parameters,
+    pub(crate) loras: Loras,
     pub(crate) model: ModelInfo,
     /// The model's name as the API has it: without the folders of a path.
     pub(crate) model_id: String,
@@ -88,6 +90,10 @@ impl App {
                 parameters.min_guidance()
             )));
         }
+        let loras = Loras::new(config).map_err(|e| ServeError::Config(format!("--lora-dir: {e}")))?;
+        // What every request would stumble over is said at once.
+        let usual = loras.default_loras(None).and_then(|loras| generator.check_loras(&loras));
+        usual.map_err(|e| ServeError::Config(format!("--lora: {e}")))?;
         let store =
             ImageStore::open(config.image_dir.as_deref(), config.image_ttl.0, config.image_store_size.0)
                 .map_err(|source| ServeError::ImageDir {
@@ -116,6 +122,7 @@ impl App {
             openapi: openapi::document(&parameters, !config.api_keys.is_empty()).into(),
             connections: AtomicUsize::new(0),
             parameters,
+            loras,
             model,
         });
         let router = router(Arc::clone(&shared), &config.cors_origins);
@@ -167,6 +174,7 @@ fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
         .route("/v1/images/generations", post(generations::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/loras", get(loras::list))
         .route("/metrics", get(metrics::metrics))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&shared), require_key));
     let open = Router::new()

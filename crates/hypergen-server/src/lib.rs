@@ -19,6 +19,7 @@ pub mod encode;
 mod engine;
 mod error;
 mod logging;
+mod loras;
 mod metrics;
 mod openapi;
 mod pace;

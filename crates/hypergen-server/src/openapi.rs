@@ -8,7 +8,7 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement
 use utoipa::openapi::{OpenApi, RefOr, Required};
 
 use crate::api::Parameters;
-use crate::routes::{docs, generations, health, images, metrics, models};
+use crate::routes::{docs, generations, health, images, loras, metrics, models};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -22,6 +22,7 @@ use crate::routes::{docs, generations, health, images, metrics, models};
         images::get,
         models::list,
         models::get,
+        loras::list,
         health::health,
         metrics::metrics,
         docs::openapi,

@@ -12,6 +12,7 @@ use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
 use hypergen_server::ServeConfig;
 
+use crate::loras::LoraArgs;
 use crate::prompting::PromptingArgs;
 
 /// Draws pictures from text with diffusion models.
@@ -106,6 +107,9 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) prompting: PromptingArgs,
 
+    #[command(flatten)]
+    pub(crate) loras: LoraArgs,
+
     /// Type of the numbers: auto takes bfloat16 where the machine has it in hardware.
     #[arg(
         long,
@@ -166,6 +170,8 @@ Examples:
       a single file, with another VAE than its own
   hypergen generate \"a (red:1.3) fox, [snow]\" --prompt-syntax a1111 --clip-skip 1 --model ./stable-diffusion-v1-5
       weights as in A1111's web interface; docs/prompts.md tells the rules
+  hypergen generate \"a fox\" --model ./stable-diffusion-v1-5 --lora ink.safetensors:0.8 --lora detail.safetensors
+      with LoRAs, each with its strength
   hypergen generate \"red apple\" -o - | magick - apple.gif
       writes a PNG to standard output
 

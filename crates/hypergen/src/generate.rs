@@ -91,6 +91,7 @@ fn check(args: &GenerateArgs) -> anyhow::Result<()> {
         named("--guidance-scale", range).check(scale)?;
     }
     args.prompting.check()?;
+    args.loras.find(&args.prompting.apply(Request::new(&args.prompt)))?;
     Ok(())
 }
 
@@ -169,7 +170,8 @@ fn requests(args: &GenerateArgs, info: &ModelInfo, seed: u64) -> anyhow::Result<
         sampler: args.sampler,
         ..Request::new(&args.prompt)
     };
-    let first = args.prompting.apply(first);
+    let mut first = args.prompting.apply(first);
+    first.loras = args.loras.find(&first)?;
     Ok((0..args.count as u64).map(|i| Request { seed: seed.wrapping_add(i), ..first.clone() }).collect())
 }
 

@@ -12,6 +12,7 @@ mod cli;
 mod console;
 mod generate;
 mod interrupt;
+mod loras;
 mod output;
 mod progress;
 mod prompting;

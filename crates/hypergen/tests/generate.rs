@@ -375,3 +375,46 @@ fn a_signal_stops_at_the_next_step_and_leaves_whole_files_only() {
         }
     }
 }
+
+/// A LoRA for the embedded model's first convolution.
+fn write_lora(path: &Path) {
+    let values: Vec<u8> = (0..9 * 4 + 64).flat_map(|i| ((i % 7) as f32 * 0.05).to_le_bytes()).collect();
+    let header = r#"{"unet.conv_in.lora_A.weight":{"dtype":"F32","shape":[1,4,3,3],"data_offsets":[0,144]},
+        "unet.conv_in.lora_B.weight":{"dtype":"F32","shape":[64,1,1,1],"data_offsets":[144,400]}}"#;
+    let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &values].concat();
+    fs::write(path, file).expect("a LoRA file");
+}
+
+#[test]
+fn loras_are_applied_by_flag_and_by_the_prompts_tags() {
+    let sandbox = Sandbox::new();
+    write_lora(&sandbox.file("ink.safetensors"));
+    let draw = |flags: &[&str]| {
+        let output = sandbox.run(&quick(&[&["--seed", "3", "-o", "-"], flags].concat()));
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        decode(&output.stdout)
+    };
+    let plain = draw(&[]).rgb;
+    let with = draw(&["--lora", "ink.safetensors:0.8"]);
+    assert!(with.rgb != plain);
+    let told = with.parameters.expect("the settings");
+    assert!(told.contains("LoRA: \"ink: 0.8\""), "{told}");
+    assert!(draw(&["--lora", "ink.safetensors:0"]).rgb == plain, "a scale of 0 is no LoRA");
+    assert!(draw(&["--lora", "ink:0.8", "--lora-dir", "."]).rgb == with.rgb, "by its name in the folder");
+    let tag = ["generate", "red apple<lora:ink:0.8>", "--prompt-syntax", "a1111", "--lora-dir", "."];
+    let output = sandbox.run(&[&tag[..], &QUICK, &["--seed", "3", "-o", "-"]].concat());
+    let plain_a1111 = draw(&["--prompt-syntax", "a1111", "--lora", "ink.safetensors:0.8"]);
+    assert!(decode(&output.stdout).rgb == plain_a1111.rgb, "{}", text(&output.stderr));
+}
+
+#[test]
+fn loras_that_cannot_be_used_are_told_of_in_one_line() {
+    let sandbox = Sandbox::new();
+    fs::write(sandbox.file("broken.safetensors"), "x").expect("written");
+    for (flag, words) in
+        [("gone.safetensors", "no readable LoRA"), ("broken.safetensors", "broken.safetensors")]
+    {
+        let error = sandbox.fail(&quick(&["--lora", flag]));
+        assert!(error.contains(words), "{error}");
+    }
+}

@@ -146,6 +146,5 @@ fn canonical(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
-/// What may be kept where nothing else is said: one LoRA of SDXL's attention in bfloat16,
-/// several of SD 1.5.
-pub(crate) const DEFAULT_CACHE: usize = 4 << 30;
+/// What may be kept where nothing else is said: three LoRAs of SD 1.5 in bfloat16.
+pub(crate) const DEFAULT_CACHE: usize = 2 << 30;

@@ -3,7 +3,7 @@
 //! `file` reads a file in whichever of the public formats it is, `names` knows
 //! how those formats call tensors and modules, `bind` turns a file's tensors
 //! into changes of one model's weights, and `adapters` applies them for a
-//! request and takes them off again. What a file holds and we do not apply is
+//! request and takes them off again; `library` finds files. What a file holds and we do not apply is
 //! an error, never a weaker effect. `docs/lora.md` tells users of it.
 //!
 //! A change is merged: weight and change are added up in float32 and packed as
@@ -13,6 +13,7 @@
 mod adapters;
 mod bind;
 mod file;
+mod library;
 mod names;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 pub(crate) use adapters::{Adapters, DEFAULT_CACHE};
 pub(crate) use bind::Targets;
 pub use file::{LoraInfo, inspect};
+pub use library::{LoraEntry, LoraLibrary};
 pub(crate) use names::Component;
 
 use crate::{Error, ErrorKind};

@@ -73,6 +73,23 @@ impl Fields {
         })
     }
 
+    /// Whether a field is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.raw(name).is_some()
+    }
+
+    /// A field that must be an array of objects; `wanted` says so in words.
+    ///
+    /// # Errors
+    /// 400 when it is something else.
+    pub fn objects(&self, name: &str, wanted: &str) -> Result<Option<Vec<Fields>>, ApiError> {
+        let Some(raw) = self.raw(name) else { return Ok(None) };
+        match serde_json::from_str::<Vec<BTreeMap<String, Box<RawValue>>>>(raw) {
+            Ok(objects) => Ok(Some(objects.into_iter().map(Self).collect())),
+            Err(_) => Err(wrong_type(name, wanted, raw)),
+        }
+    }
+
     /// A field that must be a whole number; `range` says in words what is allowed.
     ///
     /// # Errors

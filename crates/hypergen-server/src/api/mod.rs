@@ -4,11 +4,13 @@
 mod error;
 mod extensions;
 mod fields;
+mod loras;
 mod parameters;
 mod response;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use extensions::Defaults;
 pub use fields::{Fields, Whole};
+pub use loras::LoraChoice;
 pub use parameters::{ImageRequest, Parameters, ResponseForm};
-pub use response::{Health, ImageData, ImageResponse, Model, ModelList};
+pub use response::{Health, ImageData, ImageResponse, LoraInfo, LoraList, Model, ModelList};

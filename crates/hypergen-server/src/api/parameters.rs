@@ -9,13 +9,14 @@
 use std::ops::RangeInclusive;
 
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, LORA_SCALE, ModelInfo, Range, Request, STEPS, Size};
+use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, ModelInfo, Range, Request, STEPS, Size};
 use serde_json::json;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
 use super::extensions::{Defaults, Extensions};
 use super::fields::{Fields, Whole, clip, wrong_type};
+use super::loras::{LoraChoice, Loras};
 use crate::encode::{ImageFormat, OUTPUT_COMPRESSION};
 
 /// How pictures are sent.
@@ -54,6 +55,8 @@ pub struct ImageRequest {
     pub format: ImageFormat,
     /// Quality of JPEG and WebP files, in percent.
     pub quality: u8,
+    /// What it says of LoRAs; [`Request::loras`] are found by it.
+    pub loras: LoraChoice,
 }
 
 impl ImageRequest {
@@ -195,8 +198,7 @@ pub struct Parameters {
     steps: Integer,
     guidance_scale: Number,
     seed: Integer,
-    lora_path: Text,
-    lora_scale: Number,
+    loras: Loras,
     sampler: Choice,
     extensions: Extensions,
 }
@@ -266,15 +268,7 @@ impl Parameters {
                 range: 0..=u64::MAX,
                 default: None,
             },
-            lora_path: Text {
-                name: "lora_path",
-                about: "LoRA weights for this request. This version cannot apply them yet: \
-                    unless lora_scale is 0, the answer is an error (500).",
-            },
-            lora_scale: Number {
-                about: "Strength of the LoRA; 0 is the base model alone.",
-                range: LORA_SCALE,
-            },
+            loras: Loras::new(),
             sampler: Choice {
                 name: "sampler",
                 about: format!("The sampling method. Where it is absent: the checkpoint's own, {}.", model.sampler),
@@ -303,8 +297,7 @@ impl Parameters {
     /// Checks a request. `random_seed` is asked where it names no seed.
     ///
     /// # Errors
-    /// 400 that names the parameter, what was found and what is allowed; 500
-    /// for a LoRA, which cannot be applied yet.
+    /// 400 that names the parameter, what was found and what is allowed.
     pub fn read(&self, fields: &Fields, random_seed: impl FnOnce() -> u64) -> Result<ImageRequest, ApiError> {
         let mut first = Request {
             negative_prompt: fields.string(self.negative_prompt.name)?,
@@ -327,8 +320,8 @@ impl Parameters {
                 .read(fields)?
                 .and_then(|value| u8::try_from(value).ok())
                 .unwrap_or(OUTPUT_COMPRESSION.default),
+            loras: self.loras.read(fields)?,
         };
-        self.check_lora(fields)?;
         Ok(request)
     }
 
@@ -360,19 +353,6 @@ impl Parameters {
         })
     }
 
-    fn check_lora(&self, fields: &Fields) -> Result<(), ApiError> {
-        let path = fields.string(self.lora_path.name)?.filter(|path| !path.is_empty());
-        let scale = self.lora_scale.read(fields)?;
-        if path.is_none() || scale == 0.0 {
-            return Ok(());
-        }
-        let mut error = ApiError::internal(
-            "LoRA weights cannot be applied by this version of HyperGen: leave lora_path out, or set lora_scale to 0",
-        );
-        error.param = Some(self.lora_path.name.to_owned());
-        Err(error)
-    }
-
     /// The schema of a request, from the same declarations. Fields that it
     /// does not know are allowed, as clients of OpenAI's API send several.
     pub fn schema(&self) -> Object {
@@ -400,10 +380,8 @@ impl Parameters {
             .property(self.steps.name, self.steps.schema())
             .property(self.guidance_scale.range.name, self.guidance_scale.schema())
             .property(self.seed.name, self.seed.schema())
-            .property(self.lora_path.name, self.lora_path.schema())
-            .property(self.lora_scale.range.name, self.lora_scale.schema())
             .property(self.sampler.name, self.sampler.schema());
-        self.extensions.describe(schema).build()
+        self.extensions.describe(self.loras.describe(schema)).build()
     }
 }
 

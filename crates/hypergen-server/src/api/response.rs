@@ -77,3 +77,29 @@ pub struct Model {
     /// Always `hypergen`.
     pub owned_by: &'static str,
 }
+
+/// The LoRAs that can be asked for by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct LoraList {
+    /// Always `list`.
+    pub object: &'static str,
+    /// By name.
+    pub data: Vec<LoraInfo>,
+}
+
+/// A LoRA file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct LoraInfo {
+    /// The name that requests take.
+    pub id: String,
+    /// Always `lora`.
+    pub object: &'static str,
+    /// The largest rank of its modules; `null` where the file does not say.
+    pub rank: Option<usize>,
+    /// Size of the file.
+    pub bytes: u64,
+    /// The family of models that it is for; `null` where the file does not say.
+    pub family: Option<&'static str>,
+    /// Modules that it changes.
+    pub modules: usize,
+}

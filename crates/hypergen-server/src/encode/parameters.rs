@@ -38,6 +38,14 @@ pub struct Metadata {
     pub clip_skip: usize,
     /// How far guidance was rescaled.
     pub guidance_rescale: f64,
+    /// LoRAs by name, with their scales.
+    pub loras: Vec<(String, f64)>,
+}
+
+/// The last part of a path, without its extension.
+fn file_stem(path: &str) -> String {
+    let last = path.rsplit(['/', '\\']).next().unwrap_or(path);
+    last.strip_suffix(".safetensors").unwrap_or(last).to_owned()
 }
 
 impl Metadata {
@@ -59,6 +67,7 @@ impl Metadata {
             prompt_syntax: request.prompt_syntax,
             clip_skip: request.clip_skip,
             guidance_rescale: request.guidance_rescale,
+            loras: request.loras.iter().map(|lora| (file_stem(&lora.name), lora.scale)).collect(),
         }
     }
 
@@ -116,6 +125,11 @@ impl Metadata {
         }
         if self.guidance_rescale > 0.0 {
             extras += &format!("CFG Rescale: {}, ", self.guidance_rescale);
+        }
+        if !self.loras.is_empty() {
+            let loras: Vec<String> =
+                self.loras.iter().map(|(name, scale)| format!("{name}: {scale}")).collect();
+            extras += &format!("LoRA: {}, ", quote(&loras.join(", ")));
         }
         if self.prompt_syntax != PromptSyntax::Plain {
             extras += &format!("Prompt syntax: {}, ", self.prompt_syntax);

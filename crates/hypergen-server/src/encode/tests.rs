@@ -37,6 +37,7 @@ fn metadata(prompt: &str, negative: Option<&str>) -> Metadata {
         prompt_syntax: hypergen_diffusion::prompt::PromptSyntax::Plain,
         clip_skip: 0,
         guidance_rescale: 0.0,
+        loras: vec![],
     }
 }
 
@@ -239,11 +240,12 @@ fn what_most_pictures_do_without_is_told_where_it_was_used() {
     let unusual = Metadata {
         clip_skip: 1,
         guidance_rescale: 0.7,
+        loras: vec![("ink".to_owned(), 0.8), ("paint".to_owned(), 1.0)],
         prompt_syntax: hypergen_diffusion::prompt::PromptSyntax::A1111,
         ..metadata("(x:1.2)", None)
     };
     let text = unusual.to_text();
-    let extras = "Model: emoji, Clip skip: 2, CFG Rescale: 0.7, Prompt syntax: a1111, Version: ";
+    let extras = "Model: emoji, Clip skip: 2, CFG Rescale: 0.7, LoRA: \"ink: 0.8, paint: 1\", Prompt syntax: a1111, Version: ";
     assert!(text.contains(extras), "{text}");
 }
 

@@ -52,10 +52,25 @@ pub(crate) async fn create(State(app): State<Arc<Shared>>, request: Request) -> 
     let fields = body::read_json(request, app.body_limits).await?;
     let request = app.parameters.read(&fields, random_seed)?;
     drop(fields);
+    let request = with_loras(&app, request).await?;
     log(&app, &request);
     let ticket = app.engine.submit(request.requests()).map_err(refused)?;
     let files = files(&app, Arc::new(request), base.into(), ticket).await?;
     answer(files).await
+}
+
+/// Finds the files of the LoRAs that a request means: the disk may be slow, so
+/// on a thread that may wait.
+async fn with_loras(app: &Arc<Shared>, mut request: ImageRequest) -> Result<ImageRequest, ApiError> {
+    if !app.loras.concerns(&request.loras, &request.first) {
+        return Ok(request);
+    }
+    let app = Arc::clone(app);
+    let found = tokio::task::spawn_blocking(move || {
+        request.first.loras = app.loras.resolve(&request.loras, &request.first)?;
+        Ok::<_, hypergen_diffusion::Error>(request)
+    });
+    Ok(found.await.map_err(|_| ApiError::internal("the LoRAs could not be looked up"))??)
 }
 
 fn refused(refusal: Refusal) -> ApiError {

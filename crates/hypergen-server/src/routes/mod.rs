@@ -5,5 +5,6 @@ pub(crate) mod docs;
 pub(crate) mod generations;
 pub(crate) mod health;
 pub(crate) mod images;
+pub(crate) mod loras;
 pub(crate) mod metrics;
 pub(crate) mod models;

@@ -5,6 +5,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use hypergen_diffusion::lora::Lora;
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{
     Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
@@ -26,6 +27,8 @@ pub(crate) struct State {
     permits: usize,
     /// Seeds of each call's requests.
     pub(crate) calls: Vec<Vec<u64>>,
+    /// LoRAs of each call, by name and scale.
+    pub(crate) loras: Vec<Vec<(String, f64)>>,
     /// Steps that were computed.
     pub(crate) steps: usize,
     /// A step waits for the test.
@@ -140,8 +143,17 @@ impl Generator for Fake {
         }
     }
 
+    fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
+        match loras.iter().find(|lora| lora.name == "unfit") {
+            Some(_) => Err(Error::new(ErrorKind::Model, "it fits another family")),
+            None => Ok(()),
+        }
+    }
+
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
         self.control.lock().calls.push(requests.iter().map(|r| r.seed).collect());
+        let loras = requests.iter().flat_map(|r| &r.loras).map(|l| (l.name.clone(), l.scale)).collect();
+        self.control.lock().loras.push(loras);
         let first = requests.first().ok_or_else(|| Error::new(ErrorKind::Internal, "no request"))?;
         assert!(requests.iter().all(|r| r.agrees_with(first)), "a batch must agree");
         assert!(first.guidance_scale >= self.info.min_guidance && first.guidance_scale <= GUIDANCE_SCALE.max);

@@ -8,6 +8,7 @@ mod errors;
 mod fake;
 mod generations;
 mod inside;
+mod loras;
 mod pictures;
 mod queue;
 mod shutdown;

@@ -156,7 +156,7 @@ pub(crate) fn generation(body: impl Into<Body>) -> Request<Body> {
         .expect("a request")
 }
 
-async fn send(router: Router, request: Request<Body>) -> Answer {
+pub(crate) async fn send(router: Router, request: Request<Body>) -> Answer {
     let response = router.oneshot(request).await.expect("routes cannot fail");
     let (parts, body) = response.into_parts();
     let body = body.collect().await.expect("a body").to_bytes().to_vec();
