@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::files::ModelFiles;
 use crate::load::{LoadOptions, LoadProgress, load_files};
+use crate::lora;
 use crate::presets::Preset;
 use crate::{Error, Generator, ModelInfo, Observer, Picture, Pipeline, Request, STEPS, Size, Stage};
 
@@ -35,12 +36,15 @@ pub struct BenchOptions {
     pub guidance_scale: f64,
     /// Rounds that count, after one that does not.
     pub rounds: usize,
+    /// Also measures a LoRA of random values of this rank.
+    pub lora_rank: Option<usize>,
 }
 
 /// One part of the work, over all rounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
-    /// `load`, `text`, `unet_step` or `vae_decode`.
+    /// `load`, `text`, `unet_step` or `vae_decode`; with a LoRA also `lora_switch`, `lora_kept`, `lora_same` and
+    /// `lora_beside` (see `docs/lora.md`).
     pub stage: &'static str,
     /// Seconds, one for each time.
     pub seconds: Vec<f64>,
@@ -129,12 +133,24 @@ pub fn bench(
         seconds: times.iter().map(Duration::as_secs_f64).collect(),
         flop,
     };
-    let stages = vec![
+    let mut stages = vec![
         load,
         stage("text", &watch.text, watch.flop[0]),
         stage("unet_step", &watch.steps, watch.flop[1]),
         stage("vae_decode", &watch.decode, watch.flop[2]),
     ];
+    if let Some(rank) = options.lora_rank {
+        let halves = if options.guidance_scale > 1.0 { 2 } else { 1 };
+        let subject = lora::bench::Subject {
+            device: &pipeline.device,
+            dtype: pipeline.dtype,
+            unet: pipeline.unet.config(),
+            factor: pipeline.vae.config().factor(),
+            size,
+            batch: halves * options.batch.max(1),
+        };
+        stages.extend(lora::bench::measure(&mut pipeline.adapters, &subject, rank)?);
+    }
     let picture = picture.ok_or_else(|| Error::new(crate::ErrorKind::Internal, "nothing was drawn"))?;
     let limit = pipeline.device.measure_peak(pipeline.dtype);
     Ok(Report { info: pipeline.info(), size, limit, stages, picture })

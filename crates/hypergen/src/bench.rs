@@ -37,6 +37,7 @@ pub(crate) fn run(args: &BenchArgs, console: &mut Console<'_>) -> Result<()> {
         batch: args.batch.into(),
         guidance_scale: args.guidance_scale.unwrap_or(guidance),
         rounds: args.rounds.into(),
+        lora_rank: args.lora_rank.map(usize::from),
     };
     let loading = Loading::start();
     let rounds = Rounds::start();

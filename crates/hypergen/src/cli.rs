@@ -209,6 +209,10 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) rounds: u16,
 
+    /// Also measure what switching a LoRA of random values of this rank costs.
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) lora_rank: Option<u16>,
+
     /// Number type: auto, float32 or bfloat16.
     #[arg(long, value_name = "TYPE", default_value_t = DTypeChoice::Auto, value_parser = dtype_parser(), hide_possible_values = true)]
     pub(crate) dtype: DTypeChoice,

@@ -52,6 +52,11 @@ impl Adapters {
         Self { targets, limit, sets: VecDeque::new(), active: false, made: 0 }
     }
 
+    /// What can be changed.
+    pub(super) fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
     /// Bytes of changed weights that are held.
     pub(crate) fn held(&self) -> usize {
         self.sets.iter().map(|set| set.bytes).sum()

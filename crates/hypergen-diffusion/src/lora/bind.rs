@@ -46,6 +46,11 @@ impl Targets {
         Self { modules, by_path }
     }
 
+    /// All modules, each with its part.
+    pub(super) fn modules(&self) -> &[(Component, Module)] {
+        &self.modules
+    }
+
     fn find(&self, place: &Place) -> Option<&(Component, Module)> {
         let among: &[Component] = match &place.component {
             Some(component) => std::slice::from_ref(component),

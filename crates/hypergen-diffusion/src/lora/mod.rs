@@ -11,6 +11,7 @@
 //! is an exchange of pointers.
 
 mod adapters;
+pub(crate) mod bench;
 mod bind;
 mod file;
 mod library;

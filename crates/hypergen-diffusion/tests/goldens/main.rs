@@ -9,6 +9,8 @@ mod families;
 mod fixture;
 mod formula;
 mod lora;
+mod lora_files;
+mod lora_malformed;
 mod networks;
 mod pipelines;
 mod prompts;
