@@ -37,7 +37,7 @@ def reference(family: Family, folder: Path, size: int, dtype: str, out: Path) ->
 
     torch.set_num_threads(os.cpu_count() or 1)
     number = getattr(torch, dtype)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=number, local_files_only=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=number, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     guided = family.guidance_scale > 1 and "time_cond_proj_dim" not in family.unet
     arguments = {"negative_prompt": NEGATIVE} if guided else {}
@@ -116,6 +116,14 @@ def table(rows: list[dict]) -> str:
     return head + "".join(line.format(r["float32"], r["bfloat16"], r["bfloat16_diffusers"], **r) for r in rows)
 
 
+def keep(row: dict) -> None:
+    """Writes a row beside those of the same day's other families and sizes."""
+    path = ROOT / f"bench/results/{date.today()}-fidelity-{platform.machine()}-{os.cpu_count()}cores.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [r for r in rows if (r["family"], r["size"]) != (row["family"], row["size"])] + [row]
+    path.write_text("[\n" + ",\n".join(" " + json.dumps(r) for r in rows) + "\n]\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", default=[f.name for f in FAMILIES])
@@ -134,9 +142,8 @@ def main() -> None:
             continue
         rows.append(compare(family, scratch, size))
         print(json.dumps(rows[-1]), flush=True)
+        keep(rows[-1])
     if rows:
-        path = ROOT / f"bench/results/{date.today()}-fidelity-{platform.machine()}-{os.cpu_count()}cores.json"
-        path.write_text(json.dumps(rows, indent=1) + "\n")
         print(table(rows))
 
 
