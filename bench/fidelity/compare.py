@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from shapes import BY_NAME, FAMILIES, ROOT, Family, write
+import single
 from fixture import distance, psnr
 
 PROMPT = "a red fox in the snow, oil painting"
@@ -86,7 +87,19 @@ def apart(a, b) -> dict:
     }
 
 
-def compare(family: Family, scratch: Path, size: int) -> dict:
+def single_file(family: Family, scratch: Path, size: int) -> dict:
+    """The same weights in the original key layout: how far their drawing is from the folder's, which was drawn before."""
+    path = scratch / f"{family.name}.safetensors"
+    single.write(family, scratch / family.name, path)
+    drawn = ours(family, path, size, "float32", scratch / f"{family.name}-single")
+    path.unlink()
+    folder = scratch / f"{family.name}-float32"
+    same = [Path(f"{folder}.{kind}").read_bytes() == Path(f"{scratch / family.name}-single.{kind}").read_bytes() for kind in ("latents", "picture")]
+    with np.load(f"{folder}.npz") as reference_drawn:
+        return {"equals_folder": all(same), **apart(drawn, reference_drawn)}
+
+
+def compare(family: Family, scratch: Path, size: int, with_single_file: bool) -> dict:
     row = {"family": family.name, "size": f"{size}x{size}", "steps": family.steps, "guidance_scale": family.guidance_scale}
     folder = write(family, scratch)
     theirs, mine = {}, {}
@@ -107,6 +120,8 @@ def compare(family: Family, scratch: Path, size: int) -> dict:
     # Both against the same thing: diffusers' float32.
     row["bfloat16"] = apart(mine["bfloat16"], theirs["float32"])
     row["bfloat16_diffusers"] = apart(theirs["bfloat16"], theirs["float32"])
+    if with_single_file and family.name in single.PREDICTIONS:
+        row["single_file"] = single_file(family, scratch, size)
     return row
 
 
@@ -129,6 +144,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=[f.name for f in FAMILIES])
     parser.add_argument("--scratch", type=Path, required=True, help="where the weights go: 30 GB for all")
     parser.add_argument("--size", type=int, help="side of the pictures, instead of each family's")
+    parser.add_argument("--single-file", action="store_true", help="also from a single file in the original key layout")
     parser.add_argument("--worker", choices=DTYPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     scratch = args.scratch.resolve()
@@ -140,7 +156,7 @@ def main() -> None:
         if args.worker:
             reference(family, scratch / name, size, args.worker, scratch / f"{name}-{args.worker}.npz")
             continue
-        rows.append(compare(family, scratch, size))
+        rows.append(compare(family, scratch, size, args.single_file))
         print(json.dumps(rows[-1]), flush=True)
         keep(rows[-1])
     if rows:

@@ -6,7 +6,6 @@ use std::str::FromStr;
 
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{CLIP_SKIP, Corner, Extent, GUIDANCE_RESCALE, Range, Request, SizeConditioning};
-use serde_json::json;
 use utoipa::openapi::schema::ObjectBuilder;
 
 use super::error::ApiError;
@@ -130,13 +129,11 @@ impl Extensions {
             .property(self.clip_skip.name, self.clip_skip.schema())
             .property(self.guidance_rescale.range.name, self.guidance_rescale.schema());
         for sizes in [&self.sizes, &self.negative_sizes] {
-            for (text, pattern, example) in [
-                (&sizes.original_size, EXTENT, "1024x1024"),
-                (&sizes.crop, CORNER, "0,0"),
-                (&sizes.target_size, EXTENT, "1024x1024"),
-            ] {
-                schema = schema
-                    .property(text.name, text.schema().pattern(Some(pattern)).examples([json!(example)]));
+            // Without examples: they would be those of a model that may not be the one that is served.
+            for (text, pattern) in
+                [(&sizes.original_size, EXTENT), (&sizes.crop, CORNER), (&sizes.target_size, EXTENT)]
+            {
+                schema = schema.property(text.name, text.schema().pattern(Some(pattern)));
             }
         }
         schema
