@@ -14,11 +14,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{CLIP_SKIP, GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS};
+use hypergen_diffusion::{
+    CLIP_SKIP, Extent, GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS, SizeConditioning,
+};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 
-use crate::api::{ApiError, Parameters};
+use crate::api::{ApiError, Parameters, Takes};
 use crate::auth::{self, ApiKey};
 use crate::body::{self, BodyLimits};
 use crate::config::ServeConfig;
@@ -73,14 +75,17 @@ impl App {
     ) -> Result<Self, ServeError> {
         config.check().map_err(ServeError::Config)?;
         let model = generator.info();
-        let samplers = samplers(&*generator, &model);
-        let parameters = Parameters::new(&model, &samplers, &config.defaults());
-        // A default that the model cannot take would fail every request, and name a field that none has.
-        let plain = Request { clip_skip: config.clip_skip, size: model.native_size, ..Request::new("") };
-        if let Err(e) = generator.check(&plain)
-            && e.param == Some(CLIP_SKIP.name)
-        {
-            return Err(ServeError::Config(format!("--clip-skip does not suit {}: {e}", model.name)));
+        let takes = Takes {
+            samplers: samplers(&*generator, &model),
+            sizes: takes_sizes(&*generator, &model),
+            clip_skip: takes_clip_skip(&*generator, &model),
+        };
+        let parameters = Parameters::new(&model, &takes, &config.defaults());
+        if config.clip_skip > takes.clip_skip {
+            return Err(ServeError::Config(format!(
+                "--clip-skip {} is too large for {}: it takes {} or less",
+                config.clip_skip, model.name, takes.clip_skip
+            )));
         }
         if parameters.default_guidance() < parameters.min_guidance() {
             return Err(ServeError::Config(format!(
@@ -149,6 +154,23 @@ impl App {
     pub async fn idle(&self) {
         self.shared.engine.idle().await;
     }
+}
+
+/// Whether the model can be told of sizes, as SDXL can.
+fn takes_sizes(generator: &dyn Generator, model: &ModelInfo) -> bool {
+    let size = Extent { width: model.native_size.width, height: model.native_size.height };
+    let sizes = SizeConditioning { original_size: Some(size), ..SizeConditioning::default() };
+    let told = generator.check(&Request { size: model.native_size, sizes, ..Request::new("") });
+    !told.is_err_and(|e| e.param == Some("original_size"))
+}
+
+/// The most layers of its text encoder that the model can do without.
+fn takes_clip_skip(generator: &dyn Generator, model: &ModelInfo) -> usize {
+    let able = |&clip_skip: &usize| {
+        let told = generator.check(&Request { size: model.native_size, clip_skip, ..Request::new("") });
+        !told.is_err_and(|e| e.param == Some(CLIP_SKIP.name))
+    };
+    (CLIP_SKIP.min..=CLIP_SKIP.max).rev().find(able).unwrap_or(CLIP_SKIP.min)
 }
 
 /// The samplers that this model can be drawn with: its schedule may not suit

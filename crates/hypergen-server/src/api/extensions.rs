@@ -6,11 +6,12 @@ use std::str::FromStr;
 
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{CLIP_SKIP, Corner, Extent, GUIDANCE_RESCALE, Range, Request, SizeConditioning};
+use serde_json::json;
 use utoipa::openapi::schema::ObjectBuilder;
 
 use super::error::ApiError;
 use super::fields::{Fields, clip};
-use super::parameters::{Choice, Integer, Number, Text, index};
+use super::parameters::{Choice, Integer, Number, Takes, Text, index};
 
 /// What requests get that name none, as the operator set it.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -34,6 +35,9 @@ pub(super) struct Extensions {
     guidance_rescale: Number,
     sizes: Sizes,
     negative_sizes: Sizes,
+    /// Whether the model takes sizes at all: else they are not described, and
+    /// the model refuses them.
+    takes_sizes: bool,
 }
 
 /// One side's sizes.
@@ -43,12 +47,13 @@ struct Sizes {
     target_size: Text,
 }
 
-const EXTENT: &str = r"^[0-9]+x[0-9]+$";
-const CORNER: &str = r"^[0-9]+,[0-9]+$";
+const EXTENT: &str = r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$";
+const CORNER: &str = r"^[0-9]{1,4},[0-9]{1,4}$";
 
 impl Extensions {
-    pub(super) fn new(defaults: &Defaults) -> Self {
+    pub(super) fn new(defaults: &Defaults, takes: &Takes) -> Self {
         Self {
+            takes_sizes: takes.sizes,
             prompt_syntax: Choice {
                 name: PromptSyntax::NAME,
                 about:
@@ -59,7 +64,7 @@ impl Extensions {
                 default: Some(defaults.prompt_syntax.name()),
             },
             clip_skip: Integer::new(
-                &CLIP_SKIP,
+                &Range { max: takes.clip_skip, ..CLIP_SKIP },
                 defaults.clip_skip,
                 "Layers of the text encoder to leave out at its end, as diffusers counts them: 1 is the penultimate layer.",
             ),
@@ -128,12 +133,14 @@ impl Extensions {
             .property(self.prompt_syntax.name, self.prompt_syntax.schema())
             .property(self.clip_skip.name, self.clip_skip.schema())
             .property(self.guidance_rescale.range.name, self.guidance_rescale.schema());
-        for sizes in [&self.sizes, &self.negative_sizes] {
-            // Without examples: they would be those of a model that may not be the one that is served.
-            for (text, pattern) in
-                [(&sizes.original_size, EXTENT), (&sizes.crop, CORNER), (&sizes.target_size, EXTENT)]
-            {
-                schema = schema.property(text.name, text.schema().pattern(Some(pattern)));
+        for sizes in [&self.sizes, &self.negative_sizes].into_iter().filter(|_| self.takes_sizes) {
+            for (text, pattern, example) in [
+                (&sizes.original_size, EXTENT, "1024x1024"),
+                (&sizes.crop, CORNER, "0,0"),
+                (&sizes.target_size, EXTENT, "1024x1024"),
+            ] {
+                schema = schema
+                    .property(text.name, text.schema().pattern(Some(pattern)).examples([json!(example)]));
             }
         }
         schema
@@ -169,9 +176,13 @@ mod tests {
         guidance_rescale: 0.25,
     };
 
+    fn takes(sizes: bool) -> Takes {
+        Takes { samplers: vec![], sizes, clip_skip: 12 }
+    }
+
     fn read(defaults: &Defaults, json: &str) -> Result<Request, ApiError> {
         let mut request = Request::new("x");
-        Extensions::new(defaults)
+        Extensions::new(defaults, &takes(true))
             .read(&Fields::parse(json.as_bytes()).expect("JSON"), &mut request)
             .map(|()| request)
     }
@@ -204,10 +215,21 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_described_where_the_model_takes_them() {
+        for sizes in [false, true] {
+            let schema = Extensions::new(&SET, &takes(sizes)).describe(ObjectBuilder::new()).build();
+            assert!(schema.properties.contains_key("clip_skip"));
+            for name in ["original_size", "crop", "target_size", "negative_crop"] {
+                assert_eq!(schema.properties.contains_key(name), sizes, "{name}");
+            }
+        }
+    }
+
+    #[test]
     fn what_cannot_be_is_named() {
         for (json, param, words) in [
             (r#"{"prompt_syntax": "comfy"}"#, "prompt_syntax", "plain, a1111, but is 'comfy'"),
-            (r#"{"clip_skip": 33}"#, "clip_skip", "between 0 and 32"),
+            (r#"{"clip_skip": 13}"#, "clip_skip", "between 0 and 12"),
             (r#"{"guidance_rescale": -0.1}"#, "guidance_rescale", "between 0 and 1"),
             (r#"{"original_size": "auto"}"#, "original_size", "WIDTHxHEIGHT"),
             (r#"{"crop": "1x1"}"#, "crop", "TOP,LEFT"),

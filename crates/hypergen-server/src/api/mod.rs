@@ -12,5 +12,5 @@ pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use extensions::Defaults;
 pub use fields::{Fields, Whole};
 pub use loras::LoraChoice;
-pub use parameters::{ImageRequest, Parameters, ResponseForm};
+pub use parameters::{ImageRequest, Parameters, ResponseForm, Takes};
 pub use response::{Health, ImageData, ImageResponse, LoraInfo, LoraList, Model, ModelList};

@@ -183,6 +183,17 @@ fn property(kind: Type, about: &str) -> ObjectBuilder {
         .description(Some(about.split_whitespace().collect::<Vec<_>>().join(" ")))
 }
 
+/// What one model can be asked for, beyond what every model can.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Takes {
+    /// Its schedule may not suit every sampler.
+    pub samplers: Vec<SamplerKind>,
+    /// SDXL's sizes.
+    pub sizes: bool,
+    /// Layers of the text encoder that may be left out.
+    pub clip_skip: usize,
+}
+
 /// Every parameter, for one model and one server's defaults.
 pub struct Parameters {
     native_size: Size,
@@ -204,10 +215,10 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The parameters for a model that can be drawn with these samplers. The
-    /// defaults for steps and guidance are the operator's, else the model's
-    /// own, else the API's.
-    pub fn new(model: &ModelInfo, samplers: &[SamplerKind], defaults: &Defaults) -> Self {
+    /// The parameters for a model that takes what `takes` says. The defaults
+    /// for steps and guidance are the operator's, else the model's own, else
+    /// the API's.
+    pub fn new(model: &ModelInfo, takes: &Takes, defaults: &Defaults) -> Self {
         let steps = defaults.steps.or(model.default_steps).unwrap_or(STEPS.default);
         let guidance = Range {
             min: GUIDANCE_SCALE.min.min(model.min_guidance),
@@ -272,10 +283,10 @@ impl Parameters {
             sampler: Choice {
                 name: "sampler",
                 about: format!("The sampling method. Where it is absent: the checkpoint's own, {}.", model.sampler),
-                words: samplers.iter().map(|sampler| sampler.name()).collect(),
+                words: takes.samplers.iter().map(|sampler| sampler.name()).collect(),
                 default: None,
             },
-            extensions: Extensions::new(defaults),
+            extensions: Extensions::new(defaults, takes),
         }
     }
 
