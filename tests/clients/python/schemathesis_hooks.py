@@ -32,6 +32,9 @@ def map_body(context, body):
     # A LoRA that cannot be read is a 500 by the specification; test_examples has it.
     if isinstance(body.get("lora_path"), str) and body["lora_path"]:
         body["lora_path"] = None
+    loras = body.get("loras")
+    if isinstance(loras, list) and all(isinstance(lora, dict) and isinstance(lora.get("path"), str) for lora in loras):
+        body["loras"] = None
     return body
 
 
