@@ -16,6 +16,8 @@ pub mod families;
 pub mod files;
 mod finite;
 mod generator;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod load;
 pub mod lora;
 mod memory;
