@@ -82,6 +82,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// A VAE to use instead of the model's own: a single file or a folder.
     pub vae: Option<PathBuf>,
+    /// What the model is called, where its path does not say.
+    pub name: Option<String>,
     /// Bytes of weights with LoRAs that are kept for their next request; `None`: 2 GiB.
     pub lora_cache: Option<usize>,
 }
@@ -166,7 +168,10 @@ pub(crate) fn load_files(
     let native_size = native_size(family, unet.config(), vae.config())
         .map_err(|e| Error::new(ErrorKind::Model, format!("{}: {e}", files.show("unet/config.json"))))?;
     let info = ModelInfo {
-        name: model.map_or_else(|| embedded::NAME.to_owned(), model_name),
+        name: options
+            .name
+            .clone()
+            .unwrap_or_else(|| model.map_or_else(|| embedded::NAME.to_owned(), model_name)),
         family: family.name.into(),
         native_size,
         sampler: sampler.kind().name().to_owned(),

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, EMOJI};
 use crate::console::Console;
+use crate::model::locate;
 use crate::progress::{Loading, Rounds};
 
 /// Times that the last picture is encoded.
@@ -20,18 +21,19 @@ const ENCODINGS: usize = 5;
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchArgs, console: &mut Console<'_>) -> Result<()> {
+    let mut load = LoadOptions {
+        dtype: args.dtype,
+        threads: args.threads.map(|n| n.get().into()),
+        ..LoadOptions::default()
+    };
     let subject = match (&args.preset, &args.model) {
         (Some(name), _) if name != EMOJI => Subject::Preset(name.parse()?),
-        (_, model) => Subject::Model(model.clone()),
+        (_, model) => Subject::Model(locate(model.as_deref(), &mut load)?),
     };
     let guidance = if subject == Subject::Preset(Preset::SdxlTurbo) { 1.0 } else { GUIDANCE_SCALE.default };
     let options = BenchOptions {
         subject,
-        load: LoadOptions {
-            dtype: args.dtype,
-            threads: args.threads.map(|n| n.get().into()),
-            ..LoadOptions::default()
-        },
+        load,
         size: args.size,
         steps: args.steps,
         batch: args.batch.into(),

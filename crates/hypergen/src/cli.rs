@@ -35,6 +35,9 @@ pub(crate) enum Command {
     /// Measure a model on this machine, stage by stage.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),
+    /// Download a model from the hub into the cache, or what is new of it.
+    #[command(after_help = PULL_EXAMPLES)]
+    Pull(PullArgs),
     /// List the samplers that --sampler takes.
     Samplers,
     /// Print a script that completes hypergen's commands in a shell.
@@ -51,7 +54,7 @@ pub(crate) struct GenerateArgs {
     /// What to draw, in words.
     pub(crate) prompt: String,
 
-    /// Model: a folder in the diffusers layout or a .safetensors file [default: the small emoji model inside this program].
+    /// Model: a folder in the diffusers layout, a .safetensors file, or a name on the hub [default: the small emoji model inside this program].
     #[arg(long, env = "HYPERGEN_MODEL", hide_env_values = true, value_name = "MODEL", value_hint = ValueHint::AnyPath)]
     pub(crate) model: Option<String>,
 
@@ -153,6 +156,8 @@ Examples:
       serves the model inside this program at http://127.0.0.1:8000/v1; its API is shown at /docs
   HYPERGEN_API_KEY=sk-mine hypergen serve ./stable-diffusion-v1-5 --host 0.0.0.0
       serves a model of your own to everybody who has the key
+  hypergen serve stabilityai/sdxl-turbo
+      serves a model from the hub, downloaded the first time
   hypergen serve --config /etc/hypergen.toml
       takes the settings from a file: the names are those of the flags, such as max-queue-size = 20";
 
@@ -178,6 +183,24 @@ Examples:
 Standard output holds the name of each written file and nothing else. Progress is shown on a terminal only.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C (at the next step, without half a file).";
 
+/// What `hypergen pull` takes.
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Its name on the hub: OWNER/NAME, or OWNER/NAME/FILE.safetensors; @REVISION may follow.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+}
+
+const PULL_EXAMPLES: &str = "\
+Examples:
+  hypergen pull stabilityai/sdxl-turbo
+      downloads what is needed, half precision where there is a choice, and prints the folder
+  HF_TOKEN=hf_mine hypergen pull owner/gated-model
+      with the token of an account that has accepted the model's terms
+
+The cache is the one that other tools share: HF_HUB_CACHE, or hub in HF_HOME [default: ~/.cache/huggingface]. HF_ENDPOINT names
+another hub, HF_HUB_OFFLINE=1 forbids to ask any. A download that was cut off goes on where it was.";
+
 /// What `hypergen bench` takes.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -185,7 +208,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(bench_presets()), hide_possible_values = true)]
     pub(crate) preset: Option<String>,
 
-    /// Model to measure instead: a folder in the diffusers layout or a .safetensors file.
+    /// Model to measure instead: a folder in the diffusers layout, a .safetensors file, or a name on the hub.
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::AnyPath, conflicts_with = "preset")]
     pub(crate) model: Option<String>,
 

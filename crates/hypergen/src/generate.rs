@@ -12,6 +12,7 @@ use hypergen_server::encode::{self, Metadata};
 use crate::cli::GenerateArgs;
 use crate::console::Console;
 use crate::interrupt::{Interrupt, Stopped};
+use crate::model::locate;
 use crate::output::Output;
 use crate::progress::{Drawing, Loading};
 
@@ -60,15 +61,16 @@ pub(crate) fn run(args: &GenerateArgs, console: &mut Console<'_>) -> anyhow::Res
     if let Some(caveat) = args.dtype.caveat() {
         console.tell(&format!("warning: {caveat}"));
     }
-    let options = LoadOptions {
+    let mut options = LoadOptions {
         dtype: args.dtype,
         threads: args.threads.map(|n| n.get().into()),
         vae: args.vae.clone(),
         ..LoadOptions::default()
     };
+    let model = locate(args.model.as_deref(), &mut options)?;
     let mut pipeline = {
         let loading = Loading::start();
-        load(args.model.as_deref(), &options, &mut |progress| loading.update(progress))?
+        load(model.as_deref(), &options, &mut |progress| loading.update(progress))?
     };
     interrupt.defer();
     draw(&mut pipeline, args, &output, &interrupt, console)

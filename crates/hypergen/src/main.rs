@@ -13,6 +13,7 @@ mod console;
 mod generate;
 mod interrupt;
 mod loras;
+mod model;
 mod output;
 mod progress;
 mod prompting;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args, console),
         Command::Serve(config) => serve::run(*config),
         Command::Bench(args) => bench::run(&args, console),
+        Command::Pull(args) => model::pull(&args, console),
         Command::Samplers => console.print(&samplers()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

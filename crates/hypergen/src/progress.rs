@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use hypergen_diffusion::hub::PullProgress;
 use hypergen_diffusion::{LoadProgress, Observer, Stage};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -43,6 +44,37 @@ impl Loading {
 impl Drop for Loading {
     fn drop(&mut self) {
         self.finish();
+    }
+}
+
+/// The bar of a model that is downloaded.
+pub(crate) struct Download {
+    bar: ProgressBar,
+}
+
+impl Download {
+    /// Shows an empty bar.
+    pub(crate) fn start() -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(style(
+            "{msg} [{bar:30}] {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} to go",
+        ));
+        Self { bar }
+    }
+
+    /// Shows how far it is.
+    pub(crate) fn update(&self, progress: PullProgress<'_>) {
+        self.bar.set_length(progress.total);
+        self.bar.set_position(progress.done);
+        if self.bar.message() != progress.file {
+            self.bar.set_message(progress.file.to_owned());
+        }
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
     }
 }
 

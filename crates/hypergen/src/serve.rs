@@ -9,6 +9,7 @@ use hypergen_server::{Exit, ServeConfig, Server, init_logging, with_file};
 
 use crate::cli::{Cli, Command};
 use crate::interrupt::Stopped;
+use crate::model::locate;
 use crate::progress::Loading;
 
 /// Runs the command.
@@ -17,9 +18,11 @@ pub(crate) fn run(config: ServeConfig) -> anyhow::Result<()> {
     init_logging(&config)?;
     // What can be known to be wrong is found out before the weights load.
     let server = Server::bind(config.clone())?;
+    let mut options = config.load_options();
+    let model = locate(config.model.as_deref(), &mut options)?;
     let pipeline = {
         let loading = Loading::start();
-        load(config.model.as_deref(), &config.load_options(), &mut |progress| loading.update(progress))?
+        load(model.as_deref(), &options, &mut |progress| loading.update(progress))?
     };
     match server.run(Box::new(pipeline))? {
         Exit::Graceful => Ok(()),

@@ -49,12 +49,12 @@ pub(super) fn all(
 }
 
 /// A few tries for an answer without a body.
-fn retried<T>(ask: impl Fn() -> Result<T, Failure>) -> Result<T, Failure> {
+pub(super) fn retried<T>(ask: impl Fn() -> Result<T, Failure>) -> Result<T, Failure> {
     let mut tries = 0;
     loop {
         match ask() {
             Err(Failure::Network(_) | Failure::Status(429 | 500..=599, _)) if tries + 1 < TRIES => {
-                pause(tries)
+                pause(tries);
             }
             answer => return answer,
         }

@@ -165,7 +165,7 @@ impl Hub {
             )));
         }
         let client = Client::new(self);
-        let listing = client.listing(id).map_err(|f| self.explain(f, id))?;
+        let listing = download::retried(|| client.listing(id)).map_err(|f| self.explain(f, id))?;
         let files = match &id.file {
             Some(file) if listing.files.contains(file) => vec![file.clone()],
             Some(file) => return Err(self.explain(Failure::NoFile(file.clone()), id)),
