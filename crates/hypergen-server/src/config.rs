@@ -209,6 +209,7 @@ impl ServeConfig {
             threads: self.threads,
             vae: self.vae.clone(),
             lora_cache: Some(usize::try_from(self.lora_cache.0).unwrap_or(usize::MAX)),
+            ..LoadOptions::default()
         }
     }
 
