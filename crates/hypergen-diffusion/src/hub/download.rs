@@ -231,12 +231,14 @@ fn link(blob: &Path, name: &Path, snapshot: &Path) -> Result<(), Failure> {
     let below = name.strip_prefix(snapshot).map_or(1, |rest| rest.components().count());
     let relative = "../".repeat(below + 1);
     let target = Path::new(&relative).join("blobs").join(blob.file_name().unwrap_or_default());
+    // Whoever downloads the same model may have been faster.
+    let or_there = |e: io::Error| if name.exists() { Ok(()) } else { Err(disk(e)) };
     #[cfg(unix)]
-    std::os::unix::fs::symlink(target, name).map_err(disk)?;
+    std::os::unix::fs::symlink(target, name).or_else(or_there)?;
     #[cfg(not(unix))]
     {
         let _ = target;
-        fs::hard_link(blob, name).or_else(|_| fs::copy(blob, name).map(drop)).map_err(disk)?;
+        fs::hard_link(blob, name).or_else(|_| fs::copy(blob, name).map(drop)).or_else(or_there)?;
     }
     Ok(())
 }
