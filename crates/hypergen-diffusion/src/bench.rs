@@ -4,6 +4,8 @@
 
 use std::time::{Duration, Instant};
 
+pub use hypergen_tensor::ProfileEntry;
+
 use crate::files::ModelFiles;
 use crate::load::{LoadOptions, LoadProgress, load_files};
 use crate::lora;
@@ -38,6 +40,8 @@ pub struct BenchOptions {
     pub rounds: usize,
     /// Also measures a LoRA of random values of this rank.
     pub lora_rank: Option<usize>,
+    /// Whether to record which operation takes how long in the rounds that count.
+    pub profile: bool,
 }
 
 /// One part of the work, over all rounds.
@@ -63,6 +67,8 @@ pub struct Report {
     pub limit: f64,
     /// In the order in which they happen.
     pub stages: Vec<Measured>,
+    /// Operations by shape, the longest first; empty unless asked for.
+    pub profile: Vec<ProfileEntry>,
     /// A picture of the last round, for whoever measures its encoding.
     pub picture: Picture,
 }
@@ -125,6 +131,7 @@ pub fn bench(
             (0..options.batch.max(1)).map(|j| request(options, size, i, j)).collect();
         if i == 1 {
             watch.forget();
+            pipeline.device.record_profile(options.profile);
         }
         picture = draw(&mut pipeline, &requests, &mut watch)?;
     }
@@ -152,8 +159,9 @@ pub fn bench(
         stages.extend(lora::bench::measure(&mut pipeline.adapters, &subject, rank)?);
     }
     let picture = picture.ok_or_else(|| Error::new(crate::ErrorKind::Internal, "nothing was drawn"))?;
+    let profile = pipeline.device.profile();
     let limit = pipeline.device.measure_peak(pipeline.dtype);
-    Ok(Report { info: pipeline.info(), size, limit, stages, picture })
+    Ok(Report { info: pipeline.info(), size, limit, stages, profile, picture })
 }
 
 fn draw(pipeline: &mut Pipeline, requests: &[Request], watch: &mut Watch) -> Result<Option<Picture>, Error> {

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::profile::{Profile, ProfileEntry, Span};
 use crate::tensor::DType;
 use half::bf16;
 use hypergen_cpu::{AlignedVec, Cpu, CpuConfig, CpuError, Element};
@@ -29,8 +29,7 @@ pub(crate) struct Shared {
     cpu: Cpu,
     f32: FreeList<f32>,
     bf16: FreeList<bf16>,
-    /// Floating-point operations of all products so far.
-    flop: AtomicU64,
+    profile: Profile,
 }
 
 /// Buffers whose tensors are gone, by length. The shapes of a denoising step
@@ -63,7 +62,7 @@ impl Device {
                 cpu,
                 f32: FreeList::default(),
                 bf16: FreeList::default(),
-                flop: AtomicU64::new(0),
+                profile: Profile::default(),
             }),
         })
     }
@@ -107,12 +106,27 @@ impl Device {
     /// Floating-point operations of all matrix products, convolutions and
     /// attentions so far, two for each multiply-add.
     pub fn flop(&self) -> u64 {
-        self.shared.flop.load(Ordering::Relaxed)
+        self.shared.profile.flop()
     }
 
-    pub(crate) fn count_flop(&self, factors: &[usize]) {
-        let flop = 2 * factors.iter().map(|&f| f as u64).product::<u64>();
-        self.shared.flop.fetch_add(flop, Ordering::Relaxed);
+    /// Records the time of every operation from now on, forgetting what was
+    /// recorded before, or stops recording.
+    pub fn record_profile(&self, on: bool) {
+        self.shared.profile.record(on);
+    }
+
+    /// What was recorded, the longest first.
+    pub fn profile(&self) -> Vec<ProfileEntry> {
+        self.shared.profile.entries()
+    }
+
+    /// Starts an operation; `multiply_adds` are the factors of their number.
+    pub(crate) fn span(&self, operation: &'static str, sizes: &[usize], multiply_adds: &[usize]) -> Span<'_> {
+        let flop = match multiply_adds {
+            [] => 0,
+            factors => 2 * factors.iter().map(|&f| f as u64).product::<u64>(),
+        };
+        self.shared.profile.span(operation, sizes, flop)
     }
 
     pub(crate) fn cpu_kernels(&self) -> &Cpu {

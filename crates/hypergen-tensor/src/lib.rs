@@ -10,6 +10,7 @@ mod checkpoint;
 mod device;
 pub mod ops;
 mod packed;
+mod profile;
 pub mod random;
 mod tensor;
 mod weights;
@@ -19,6 +20,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, FileDType, Part, Renamed, Tens
 pub use device::{Device, DeviceConfig};
 pub use hypergen_cpu::{Activation, CpuError};
 pub use packed::{Conv, GegluProjection, Linear, Norm};
+pub use profile::ProfileEntry;
 pub use random::TorchGenerator;
 pub use tensor::{DType, Shape, Tensor};
 pub use weights::{Loader, Weights};

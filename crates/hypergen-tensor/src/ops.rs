@@ -96,7 +96,9 @@ pub fn linear(x: &Tensor, layer: &Linear, epilogue: Epilogue<'_>) -> Tensor {
         layer.matrix.k(),
         x.shape()
     );
-    x.device().count_flop(&[x.shape().elements(), layer.matrix.n()]);
+    let (k, n) = (layer.matrix.k(), layer.matrix.n());
+    let rows = x.shape().elements() / k.max(1);
+    let _span = x.device().span("linear", &[rows, k, n], &[rows, k, n]);
     by_type!(x, typed(x, layer, &epilogue))
 }
 
@@ -117,7 +119,9 @@ pub fn geglu(x: &Tensor, layer: &GegluProjection) -> Tensor {
         layer.matrix.k(),
         x.shape()
     );
-    x.device().count_flop(&[x.shape().elements(), layer.matrix.n()]);
+    let (k, n) = (layer.matrix.k(), layer.matrix.n());
+    let rows = x.shape().elements() / k.max(1);
+    let _span = x.device().span("geglu", &[rows, k, n], &[rows, k, n]);
     by_type!(x, typed(x, layer))
 }
 
@@ -151,7 +155,10 @@ pub fn conv2d(x: &Tensor, layer: &Conv, window: Window, epilogue: Epilogue<'_>) 
         })
     }
     let shape = conv_shape(x, layer, window);
-    x.device().count_flop(&[shape.batch, shape.out_h, shape.out_w, layer.matrix.k(), layer.matrix.n()]);
+    let ConvShape { batch, out_h, out_w, in_c, .. } = shape;
+    let (k, n) = (layer.matrix.k(), layer.matrix.n());
+    let sizes = [batch, out_h, out_w, layer.kernel, shape.stride, in_c, n];
+    let _span = x.device().span("conv2d", &sizes, &[batch, out_h, out_w, k, n]);
     by_type!(x, typed(x, layer, &shape, &epilogue))
 }
 
@@ -202,6 +209,7 @@ pub fn group_norm(x: &Tensor, norm: &Norm, groups: usize, activation: Activation
     let (batch, channels) = (x.dims()[0], x.shape().last());
     let pixels = x.shape().elements() / (batch * channels).max(1);
     let shape = GroupNormShape { batch, pixels, channels, groups, eps: norm.eps };
+    let _span = x.device().span("group_norm", &[batch, pixels, channels], &[]);
     by_type!(x, typed(x, norm, &shape, activation))
 }
 
@@ -213,6 +221,8 @@ pub fn layer_norm(x: &Tensor, norm: &Norm) -> Tensor {
             kernels::layer_norm(cpu, x.slice(), x.shape().last(), norm.eps, &norm.gamma, &norm.beta, out);
         })
     }
+    let channels = x.shape().last();
+    let _span = x.device().span("layer_norm", &[x.shape().elements() / channels.max(1), channels], &[]);
     by_type!(x, typed(x, norm))
 }
 
@@ -275,7 +285,8 @@ pub fn attention(
         scale: 1.0 / (head_dim as f32).sqrt(),
         causal,
     };
-    q.tensor.device().count_flop(&[2, shape.batch, heads, head_dim, shape.q_len, shape.kv_len]);
+    let sizes = [shape.batch, heads, head_dim, shape.q_len, shape.kv_len];
+    let _span = q.tensor.device().span("attention", &sizes, &[&[2][..], &sizes].concat());
     by_type!(q.tensor, typed(q, k, v, &shape))
 }
 
@@ -287,6 +298,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Tensor {
         })
     }
     assert_eq!(a.shape(), b.shape());
+    let _span = a.device().span("add", a.dims(), &[]);
     by_type!(a, typed(a, b))
 }
 
@@ -297,6 +309,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Tensor {
             kernels::activate(x.device().cpu_kernels(), x.slice(), activation, out);
         })
     }
+    let _span = x.device().span("activate", x.dims(), &[]);
     by_type!(x, typed(x, activation))
 }
 
@@ -310,6 +323,7 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Tensor {
     }
     let rows = |t: &Tensor| t.shape().elements() / t.shape().last().max(1);
     assert_eq!(rows(a), rows(b), "{:?} beside {:?}", a.shape(), b.shape());
+    let _span = a.device().span("concat", &[rows(a), a.shape().last(), b.shape().last()], &[]);
     by_type!(a, typed(a, b))
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use anyhow::Result;
-use hypergen_diffusion::bench::{BenchOptions, Measured, Report, Subject, bench};
+use hypergen_diffusion::bench::{BenchOptions, Measured, ProfileEntry, Report, Subject, bench};
 use hypergen_diffusion::presets::Preset;
 use hypergen_diffusion::{GUIDANCE_SCALE, LoadOptions};
 use hypergen_server::encode::{self, ImageFormat};
@@ -40,6 +40,7 @@ pub(crate) fn run(args: &BenchArgs, console: &mut Console<'_>) -> Result<()> {
         guidance_scale: args.guidance_scale.unwrap_or(guidance),
         rounds: args.rounds.into(),
         lora_rank: args.lora_rank.map(usize::from),
+        profile: args.profile,
     };
     let loading = Loading::start();
     let rounds = Rounds::start();
@@ -82,6 +83,19 @@ fn to_json(report: &Report, options: &BenchOptions) -> Value {
             })
         })
         .collect();
+    let profile: Vec<Value> = report
+        .profile
+        .iter()
+        .map(|e| {
+            json!({
+                "operation": e.operation,
+                "sizes": e.sizes,
+                "calls": e.calls,
+                "total_s": e.time.as_secs_f64(),
+                "tflops": rate(e).map(|r| r / 1e12),
+            })
+        })
+        .collect();
     json!({
         "model": report.info.name,
         "size": report.size.to_string(),
@@ -93,6 +107,7 @@ fn to_json(report: &Report, options: &BenchOptions) -> Value {
         "limit_tflops": report.limit / 1e12,
         "peak_rss_bytes": peak_rss(),
         "stages": stages,
+        "profile": profile,
     })
 }
 
@@ -117,8 +132,35 @@ fn to_table(report: &Report, options: &BenchOptions) -> String {
         }
         out.push('\n');
     }
+    if !report.profile.is_empty() {
+        out += &profile_table(report);
+    }
     if let Some(peak) = peak_rss() {
         let _ = writeln!(out, "\npeak memory: {:.2} GB", peak as f64 / 1e9);
+    }
+    out
+}
+
+/// Floating-point operations a second of an operation that counts them.
+fn rate(entry: &ProfileEntry) -> Option<f64> {
+    let seconds = entry.time.as_secs_f64();
+    (entry.flop > 0 && seconds > 0.0).then(|| entry.flop as f64 / seconds)
+}
+
+fn profile_table(report: &Report) -> String {
+    let all: f64 = report.profile.iter().map(|e| e.time.as_secs_f64()).sum();
+    let mut out = String::from(
+        "\noperation                                      calls    total s   share   TFLOP/s   of limit\n",
+    );
+    for e in &report.profile {
+        let seconds = e.time.as_secs_f64();
+        let sizes = e.sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+        let name = format!("{} {sizes}", e.operation);
+        let _ = write!(out, "{name:<45} {:>6} {seconds:>10.4} {:>5.1} %", e.calls, 100.0 * seconds / all);
+        if let Some(rate) = rate(e) {
+            let _ = write!(out, " {:>9.2} {:>8.0} %", rate / 1e12, 100.0 * rate / report.limit);
+        }
+        out.push('\n');
     }
     out
 }

@@ -244,6 +244,10 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "COUNT")]
     pub(crate) threads: Option<NonZeroU16>,
 
+    /// Show which operation of which shape takes how long, the longest first.
+    #[arg(long)]
+    pub(crate) profile: bool,
+
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
