@@ -17,6 +17,8 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx_tiles;
 #[cfg(target_arch = "x86_64")]
+mod amx_weights;
+#[cfg(target_arch = "x86_64")]
 mod pack512;
 #[cfg(target_arch = "x86_64")]
 mod pairs;

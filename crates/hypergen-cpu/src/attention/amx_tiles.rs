@@ -48,243 +48,344 @@ pub(crate) unsafe fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
 
-/// `S = K Q^T` of an item, 32 keys a piece.
+/// Bytes of a tile.
+const BYTES: usize = TILE * 4;
+
+/// Work for the vectors that comes in small pieces, to be put between those
+/// for the tiles: both parts of the processor are busy only while they
+/// alternate every few instructions.
+pub(super) trait Between {
+    /// Does the next piece, if there is any left.
+    ///
+    /// # Safety
+    /// As said where the work was made.
+    unsafe fn advance(&mut self);
+}
+
+/// No work for the vectors.
+pub(super) struct Nothing;
+
+impl Between for Nothing {
+    #[inline(always)]
+    unsafe fn advance(&mut self) {}
+}
+
+/// `S = Q K^T` of an item, for 32 keys after 32 keys (a group). A piece is half
+/// of a step of 32 columns: 16 keys for all 32 queries. The sums of a group are
+/// stored when the next one begins, because a store waits for the products
+/// before it, and everything behind the store with it.
 pub(super) struct Scores {
     keys: *const f32,
     q: *const f32,
     scores: *mut f32,
-    /// Tiles over the width of the head.
     steps: usize,
-    pieces: usize,
+    groups: usize,
 }
 
 impl Scores {
-    /// `keys` and `q` are `[16 rows each][steps]` tiles, `scores` becomes
-    /// `[pieces * 2][2]` tiles.
+    /// `keys` is `[groups][steps][2]` tiles, `q` `[2][steps]`, `scores` becomes
+    /// `[groups][2 halves of the keys][2 halves of the queries]` tiles.
     #[inline(always)]
-    pub(super) fn new(keys: &[f32], q: &[f32], scores: &mut [f32], steps: usize, pieces: usize) -> Self {
-        assert!(keys.len() >= pieces * 2 * steps * TILE && q.len() >= 2 * steps * TILE);
-        assert!(scores.len() >= pieces * 4 * TILE);
-        Self { keys: keys.as_ptr(), q: q.as_ptr(), scores: scores.as_mut_ptr(), steps, pieces }
+    pub(super) fn new(keys: &[f32], q: &[f32], scores: *mut f32, steps: usize, groups: usize) -> Self {
+        assert!(keys.len() >= groups * 2 * steps * TILE && q.len() >= 2 * steps * TILE);
+        Self { keys: keys.as_ptr(), q: q.as_ptr(), scores, steps, groups }
     }
 
-    /// Tile products that are left.
+    /// Pieces that there are.
     #[inline(always)]
-    pub(super) fn products_left(&self) -> usize {
-        self.pieces * self.steps * 4
+    pub(super) fn pieces(&self) -> usize {
+        2 * self.groups * self.steps + 2
     }
 
-    /// Starts the next 32 keys.
+    /// Computes all, and something else between any two pieces.
     ///
     /// # Safety
-    /// AMX is there and configured, the slices that this was made of are still
-    /// alive, and some pieces are left.
+    /// AMX is there and configured, what this was made of is still alive and as
+    /// large as said, and `between` may advance.
     #[inline(always)]
-    pub(super) unsafe fn advance(&mut self) {
-        let row = self.steps * TILE * 4;
+    pub(super) unsafe fn run(&self, between: &mut impl Between) {
+        let (mut keys, mut scores) = (self.keys, self.scores);
+        let q_row = self.steps * BYTES;
         // SAFETY: by the contract; `new` saw that the slices are long enough.
         unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm4, [{k} + {s}]",
-                "tileloadd tmm6, [{q} + {s}]",
-                "tileloadd tmm7, [{q2} + {s}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{k2} + {s}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {k}, 1024",
-                "add {k2}, 1024",
-                "add {q}, 1024",
-                "add {q2}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                "tilestored [{c} + {s}], tmm0",
-                "tilestored [{c} + {s} + 1024], tmm1",
-                "tilestored [{c} + {s} + 2048], tmm2",
-                "tilestored [{c} + {s} + 3072], tmm3",
-                k = inout(reg) self.keys => _,
-                k2 = inout(reg) self.keys.byte_add(row) => _,
-                q = inout(reg) self.q => _,
-                q2 = inout(reg) self.q.byte_add(row) => _,
-                c = in(reg) self.scores,
-                n = inout(reg) self.steps => _,
-                s = in(reg) 64_usize,
-                options(nostack),
-            );
-            self.keys = self.keys.byte_add(2 * row);
-            self.scores = self.scores.add(4 * TILE);
+            for group in 0..self.groups {
+                if group > 0 {
+                    store_first(scores);
+                }
+                asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+                for step in 0..self.steps {
+                    let q = self.q.byte_add(step * BYTES);
+                    asm!(
+                        "tileloadd tmm4, [{q} + {s}]",
+                        "tileloaddt1 tmm6, [{k} + {s}]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm5, [{q2} + {s}]",
+                        "tdpbf16ps tmm1, tmm5, tmm6",
+                        k = in(reg) keys, q = in(reg) q, q2 = in(reg) q.byte_add(q_row),
+                        s = in(reg) 64_usize, options(nostack, readonly),
+                    );
+                    between.advance();
+                    if step == 0 {
+                        if group > 0 {
+                            store_second(scores);
+                            scores = scores.byte_add(4 * BYTES);
+                        }
+                        asm!("tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+                    }
+                    asm!(
+                        "tileloaddt1 tmm7, [{k} + {s} + 1024]",
+                        "tdpbf16ps tmm2, tmm4, tmm7",
+                        "tdpbf16ps tmm3, tmm5, tmm7",
+                        k = in(reg) keys, s = in(reg) 64_usize, options(nostack, readonly),
+                    );
+                    keys = keys.byte_add(2 * BYTES);
+                    between.advance();
+                }
+            }
+            store_first(scores);
+            between.advance();
+            store_second(scores);
+            between.advance();
         }
-        self.pieces -= 1;
     }
 }
 
-/// `O += V^T P` of an item: for up to three tiles of columns at a time, whose
-/// sums then stay in the tiles, 32 keys a piece.
+/// # Safety
+/// As for [`Scores::run`].
+#[inline(always)]
+unsafe fn store_first(scores: *mut f32) {
+    // SAFETY: by the contract.
+    unsafe {
+        asm!(
+            "tilestored [{c} + {s}], tmm0",
+            "tilestored [{c} + {s} + 1024], tmm1",
+            c = in(reg) scores, s = in(reg) 64_usize, options(nostack),
+        );
+    }
+}
+
+/// # Safety
+/// As for [`Scores::run`].
+#[inline(always)]
+unsafe fn store_second(scores: *mut f32) {
+    // SAFETY: by the contract.
+    unsafe {
+        asm!(
+            "tilestored [{c} + {s} + 2048], tmm2",
+            "tilestored [{c} + {s} + 3072], tmm3",
+            c = in(reg) scores, s = in(reg) 64_usize, options(nostack),
+        );
+    }
+}
+
+/// `O += P V` of an item: for up to three tiles of columns at a time, whose
+/// sums then stay in the tiles. A piece is 32 keys for 16 of the queries, or
+/// the storing of some sums.
 pub(super) struct Output {
     values: *const f32,
     weights: *const f32,
     o: *mut f32,
-    /// Tiles of columns that are left, the present ones included.
     columns: usize,
-    /// Bytes of values of 32 keys.
-    row: usize,
-    /// Pieces of 32 keys altogether, and those done of the present columns.
-    steps: usize,
-    done: usize,
+    groups: usize,
     /// Whether there is nothing yet in `o`.
     fresh: bool,
 }
 
 impl Output {
-    /// `values` is `[steps][columns]` tiles, `weights` `[steps][2]`, `o`
+    /// `values` is `[groups][columns]` tiles, `weights` `[groups][2]`, `o`
     /// `[columns][2]`.
     #[inline(always)]
     pub(super) fn new(
         values: &[f32],
-        weights: &[f32],
+        weights: *const f32,
         o: &mut [f32],
         columns: usize,
-        steps: usize,
+        groups: usize,
         fresh: bool,
     ) -> Self {
-        assert!(values.len() >= steps * columns * TILE && weights.len() >= steps * 2 * TILE);
-        assert!(o.len() >= 2 * columns * TILE);
-        let (values, weights, o) = (values.as_ptr(), weights.as_ptr(), o.as_mut_ptr());
-        Self { values, weights, o, columns, row: columns * TILE * 4, steps, done: 0, fresh }
+        assert!(values.len() >= groups * columns * TILE && o.len() >= 2 * columns * TILE);
+        let (values, o) = (values.as_ptr(), o.as_mut_ptr());
+        Self { values, weights, o, columns, groups, fresh }
     }
 
-    /// Tile products that are left.
+    /// Pieces that there are.
     #[inline(always)]
-    pub(super) fn products_left(&self) -> usize {
-        let now = self.columns.min(3);
-        2 * (self.columns * self.steps - now * self.done)
+    pub(super) fn pieces(&self) -> usize {
+        self.columns.div_ceil(3) * (2 * self.groups + 2)
     }
 
-    /// Starts the next 32 keys.
+    /// Computes all, and something else between any two pieces.
     ///
     /// # Safety
-    /// AMX is there and configured, the slices that this was made of are still
-    /// alive, some pieces are left, and no other tile work came between the
-    /// pieces of the same columns.
+    /// As for [`Scores::run`].
     #[inline(always)]
-    pub(super) unsafe fn advance(&mut self) {
-        // SAFETY: by the contract; `new` saw that the slices are long enough.
+    pub(super) unsafe fn run(&self, between: &mut impl Between) {
+        for first in (0..self.columns).step_by(3) {
+            // SAFETY: by the contract; `new` saw that the slices are long enough.
+            unsafe {
+                let o = self.o.add(first * 2 * TILE);
+                let v = self.values.add(first * TILE);
+                match self.columns - first {
+                    1 => self.run_columns::<1>(v, o, between),
+                    2 => self.run_columns::<2>(v, o, between),
+                    _ => self.run_columns::<3>(v, o, between),
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Scores::run`].
+    #[inline(always)]
+    unsafe fn run_columns<const COLUMNS: usize>(
+        &self,
+        mut v: *const f32,
+        o: *mut f32,
+        between: &mut impl Between,
+    ) {
+        let mut p = self.weights;
+        // SAFETY: by the contract.
         unsafe {
-            let columns = self.columns.min(3);
-            if self.done == 0 {
-                self.begin(columns);
+            self.begin::<COLUMNS>(o);
+            for _ in 0..self.groups {
+                product::<COLUMNS>(v, p, false);
+                between.advance();
+                product::<COLUMNS>(v, p.add(TILE), true);
+                between.advance();
+                v = v.add(self.columns * TILE);
+                p = p.add(2 * TILE);
             }
-            let v = self.values.byte_add(self.done * self.row);
-            let p = self.weights.add(self.done * 2 * TILE);
-            // One tile for values, one for weights: six hold the sums.
-            match columns {
-                3 => asm!(
-                    "tileloadd tmm6, [{p} + {s}]",
-                    "tileloadd tmm7, [{v} + {s}]",
-                    "tdpbf16ps tmm0, tmm7, tmm6",
-                    "tileloadd tmm7, [{v} + {s} + 1024]",
-                    "tdpbf16ps tmm2, tmm7, tmm6",
-                    "tileloadd tmm7, [{v} + {s} + 2048]",
-                    "tdpbf16ps tmm4, tmm7, tmm6",
-                    "tileloadd tmm6, [{p} + {s} + 1024]",
-                    "tdpbf16ps tmm5, tmm7, tmm6",
-                    "tileloadd tmm7, [{v} + {s} + 1024]",
-                    "tdpbf16ps tmm3, tmm7, tmm6",
-                    "tileloadd tmm7, [{v} + {s}]",
-                    "tdpbf16ps tmm1, tmm7, tmm6",
-                    v = in(reg) v, p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly),
-                ),
-                2 => asm!(
-                    "tileloadd tmm6, [{p} + {s}]",
-                    "tileloadd tmm4, [{v} + {s}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{v} + {s} + 1024]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tileloadd tmm7, [{p} + {s} + 1024]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    v = in(reg) v, p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly),
-                ),
-                _ => asm!(
-                    "tileloadd tmm4, [{v} + {s}]",
-                    "tileloadd tmm6, [{p} + {s}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{p} + {s} + 1024]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    v = in(reg) v, p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly),
-                ),
-            }
-            self.done += 1;
-            if self.done == self.steps {
-                self.end(columns);
-                self.done = 0;
-                self.columns -= columns;
-                self.values = self.values.add(columns * TILE);
-                self.o = self.o.add(2 * columns * TILE);
-            }
+            end::<COLUMNS>(o, false);
+            between.advance();
+            end::<COLUMNS>(o, true);
+            between.advance();
         }
     }
 
     /// Loads the sums of these columns, or zeroes them.
     #[inline(always)]
-    unsafe fn begin(&self, columns: usize) {
+    unsafe fn begin<const COLUMNS: usize>(&self, o: *mut f32) {
         macro_rules! tiles {
             ($($zero:literal, $load:literal;)*) => {
                 if self.fresh {
                     asm!($($zero),*, options(nostack, nomem))
                 } else {
-                    asm!($($load),*, o = in(reg) self.o, s = in(reg) 64_usize, options(nostack, readonly))
+                    asm!($($load),*, o = in(reg) o, s = in(reg) 64_usize, options(nostack, readonly))
                 }
             };
         }
-        // SAFETY: by the contract of `advance`.
+        // SAFETY: by the contract.
         unsafe {
-            match columns {
-                3 => tiles! {
-                    "tilezero tmm0", "tileloadd tmm0, [{o} + {s}]";
-                    "tilezero tmm1", "tileloadd tmm1, [{o} + {s} + 1024]";
+            tiles! {
+                "tilezero tmm0", "tileloadd tmm0, [{o} + {s}]";
+                "tilezero tmm1", "tileloadd tmm1, [{o} + {s} + 1024]";
+            }
+            if COLUMNS > 1 {
+                tiles! {
                     "tilezero tmm2", "tileloadd tmm2, [{o} + {s} + 2048]";
                     "tilezero tmm3", "tileloadd tmm3, [{o} + {s} + 3072]";
+                }
+            }
+            if COLUMNS > 2 {
+                tiles! {
                     "tilezero tmm4", "tileloadd tmm4, [{o} + {s} + 4096]";
                     "tilezero tmm5", "tileloadd tmm5, [{o} + {s} + 5120]";
-                },
-                2 => tiles! {
-                    "tilezero tmm0", "tileloadd tmm0, [{o} + {s}]";
-                    "tilezero tmm1", "tileloadd tmm1, [{o} + {s} + 1024]";
-                    "tilezero tmm2", "tileloadd tmm2, [{o} + {s} + 2048]";
-                    "tilezero tmm3", "tileloadd tmm3, [{o} + {s} + 3072]";
-                },
-                _ => tiles! {
-                    "tilezero tmm0", "tileloadd tmm0, [{o} + {s}]";
-                    "tilezero tmm1", "tileloadd tmm1, [{o} + {s} + 1024]";
-                },
+                }
             }
         }
     }
+}
 
-    /// Stores the sums of these columns.
-    #[inline(always)]
-    unsafe fn end(&self, columns: usize) {
-        macro_rules! tiles {
-            ($($store:literal),*) => {
-                asm!($($store),*, o = in(reg) self.o, s = in(reg) 64_usize, options(nostack))
-            };
+/// Stores the sums of the first 16 queries, or of the others.
+///
+/// # Safety
+/// As for [`Scores::run`].
+#[inline(always)]
+unsafe fn end<const COLUMNS: usize>(o: *mut f32, second: bool) {
+    macro_rules! tiles {
+        ($($store:literal),*) => {
+            asm!($($store),*, o = in(reg) o, s = in(reg) 64_usize, options(nostack))
+        };
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        match (second, COLUMNS) {
+            (false, 3) => tiles!(
+                "tilestored [{o} + {s}], tmm0",
+                "tilestored [{o} + {s} + 2048], tmm2",
+                "tilestored [{o} + {s} + 4096], tmm4"
+            ),
+            (false, 2) => {
+                tiles!("tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 2048], tmm2");
+            }
+            (false, _) => tiles!("tilestored [{o} + {s}], tmm0"),
+            (true, 3) => tiles!(
+                "tilestored [{o} + {s} + 5120], tmm5",
+                "tilestored [{o} + {s} + 3072], tmm3",
+                "tilestored [{o} + {s} + 1024], tmm1"
+            ),
+            (true, 2) => {
+                tiles!("tilestored [{o} + {s} + 3072], tmm3", "tilestored [{o} + {s} + 1024], tmm1");
+            }
+            (true, _) => tiles!("tilestored [{o} + {s} + 1024], tmm1"),
         }
-        // SAFETY: by the contract of `advance`.
-        unsafe {
-            tiles!("tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 1024], tmm1");
-            if columns > 1 {
-                tiles!("tilestored [{o} + {s} + 2048], tmm2", "tilestored [{o} + {s} + 3072], tmm3");
-            }
-            if columns > 2 {
-                tiles!("tilestored [{o} + {s} + 4096], tmm4", "tilestored [{o} + {s} + 5120], tmm5");
-            }
+    }
+}
+
+/// 16 queries' weights of 32 keys times up to three tiles of columns. The
+/// second 16 take the columns backwards: the last one is still there.
+///
+/// # Safety
+/// As for [`Scores::run`].
+#[inline(always)]
+unsafe fn product<const COLUMNS: usize>(v: *const f32, p: *const f32, second: bool) {
+    macro_rules! tiles {
+        ($($line:literal),*) => {
+            asm!($($line),*, v = in(reg) v, p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly))
+        };
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        match (second, COLUMNS) {
+            (false, 3) => tiles!(
+                "tileloadd tmm6, [{p} + {s}]",
+                "tileloaddt1 tmm7, [{v} + {s}]",
+                "tdpbf16ps tmm0, tmm6, tmm7",
+                "tileloaddt1 tmm7, [{v} + {s} + 1024]",
+                "tdpbf16ps tmm2, tmm6, tmm7",
+                "tileloaddt1 tmm7, [{v} + {s} + 2048]",
+                "tdpbf16ps tmm4, tmm6, tmm7"
+            ),
+            (true, 3) => tiles!(
+                "tileloadd tmm6, [{p} + {s}]",
+                "tdpbf16ps tmm5, tmm6, tmm7",
+                "tileloaddt1 tmm7, [{v} + {s} + 1024]",
+                "tdpbf16ps tmm3, tmm6, tmm7",
+                "tileloaddt1 tmm7, [{v} + {s}]",
+                "tdpbf16ps tmm1, tmm6, tmm7"
+            ),
+            (false, 2) => tiles!(
+                "tileloadd tmm6, [{p} + {s}]",
+                "tileloaddt1 tmm4, [{v} + {s}]",
+                "tdpbf16ps tmm0, tmm6, tmm4",
+                "tileloaddt1 tmm5, [{v} + {s} + 1024]",
+                "tdpbf16ps tmm2, tmm6, tmm5"
+            ),
+            (true, 2) => asm!(
+                "tileloadd tmm7, [{p} + {s}]",
+                "tdpbf16ps tmm1, tmm7, tmm4",
+                "tdpbf16ps tmm3, tmm7, tmm5",
+                p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly)
+            ),
+            (false, _) => tiles!(
+                "tileloadd tmm6, [{p} + {s}]",
+                "tileloaddt1 tmm4, [{v} + {s}]",
+                "tdpbf16ps tmm0, tmm6, tmm4"
+            ),
+            (true, _) => asm!(
+                "tileloadd tmm7, [{p} + {s}]", "tdpbf16ps tmm1, tmm7, tmm4",
+                p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly)
+            ),
         }
     }
 }

@@ -2,10 +2,13 @@
 //! The tile product takes its left operand as rows of 32 values and its right
 //! one as rows of 16 pairs, a pair being two values that are summed over:
 //!
-//! * keys are left operands of the scores: 16 keys by 32 columns, as they are;
-//! * queries are right operands of the scores: 16 pairs of columns by 16
-//!   queries, so rows of pairs, transposed;
-//! * values are left operands of the output: 16 columns by 32 keys, transposed.
+//! * queries are left operands of the scores: 16 queries by 32 columns, as they are;
+//! * keys are right operands of the scores: 16 pairs of columns by 16 keys, so
+//!   rows of pairs, transposed;
+//! * values are right operands of the output: 16 pairs of keys by 16 columns.
+//!
+//! A column of ones stands behind the values' columns: the output's column at
+//! that place is then the sum of the weights, as they were rounded.
 
 use std::arch::x86_64::*;
 
@@ -20,19 +23,19 @@ use crate::split::Shared;
 pub(super) struct Layout {
     /// Tiles over the width of a head for the scores, 32 columns each.
     pub(super) steps: usize,
-    /// Tiles over the width of a head for the output, 16 columns each.
+    /// Tiles over the width of a head and the column of ones, 16 columns each.
     pub(super) columns: usize,
-    /// Words of a head's keys: `[keys / 16][steps]` tiles.
+    /// Words of a head's keys: `[kv / 32][steps][2]` tiles.
     pub(super) keys: usize,
-    /// Words of a head's values: `[keys / 32][columns]` tiles.
+    /// Words of a head's values: `[kv / 32][columns]` tiles.
     values: usize,
 }
 
 impl Layout {
     pub(super) fn new(s: &AttentionShape) -> Self {
-        let (steps, columns, rows) =
-            (s.head_dim.div_ceil(32), s.head_dim.div_ceil(16), s.kv_len.div_ceil(32));
-        Self { steps, columns, keys: 2 * rows * steps * TILE, values: rows * columns * TILE }
+        let (steps, columns, groups) =
+            (s.head_dim.div_ceil(32), (s.head_dim + 1).div_ceil(16), s.kv_len.div_ceil(32));
+        Self { steps, columns, keys: groups * 2 * steps * TILE, values: groups * columns * TILE }
     }
 
     /// Words of a head.
@@ -80,27 +83,32 @@ pub(super) unsafe fn keys_and_values(
     });
 }
 
+/// Packs 32 keys. Keys beyond the last are its copies: they weigh as much as
+/// it does, which is a finite number, and their values are zeros.
+///
 /// # Safety
 /// The machine has AVX-512 F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, [b, h, first]: [usize; 3], to: &mut [f32]) {
-    let steps = to.len() / (2 * TILE);
-    for j in 0..32 {
-        let key = (first + j < s.kv_len).then(|| k.token(s, b * s.kv_len + first + j, h));
-        for step in 0..steps {
-            let row = &mut to[(j / 16 * steps + step) * TILE + j % 16 * 16..][..16];
-            // SAFETY: the mask keeps the load inside the token; the row has 64 bytes.
-            unsafe {
-                let values = key.map_or(_mm512_setzero_si512(), |key| {
-                    let key = &key[step * 32..];
-                    _mm512_maskz_loadu_epi16(first_lanes(key.len()), key.as_ptr().cast())
-                });
-                _mm512_storeu_si512(row.as_mut_ptr().cast(), values);
-            }
+    for (i, tile) in to.chunks_exact_mut(TILE).enumerate() {
+        let (step, half) = (i / 2, i % 2);
+        let mut rows = [_mm512_setzero_si512(); 16];
+        for (j, row) in rows.iter_mut().enumerate() {
+            let key = (first + half * 16 + j).min(s.kv_len - 1);
+            let values = &k.token(s, b * s.kv_len + key, h)[step * 32..];
+            // SAFETY: the mask keeps the load inside the token.
+            *row = unsafe { _mm512_maskz_loadu_epi16(first_lanes(values.len()), values.as_ptr().cast()) };
+        }
+        // SAFETY: a tile is 16 rows of 64 bytes.
+        unsafe {
+            transpose(&mut rows);
+            store(&rows, tile);
         }
     }
 }
 
+/// Packs 32 values, in the order in which weights of their keys are packed.
+///
 /// # Safety
 /// The machine has AVX-512 F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -108,25 +116,35 @@ unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, [b, h, first]: [u
     for (column, tile) in to.chunks_exact_mut(TILE).enumerate() {
         // SAFETY: the mask keeps the load inside the token; a tile is 16 rows of 64 bytes.
         unsafe {
-            let row = |j: usize| {
-                if j >= s.kv_len {
+            let row = |word: usize| {
+                let key = first + key_of_word(word);
+                if key >= s.kv_len {
                     return _mm512_setzero_si512();
                 }
-                let row = &v.token(s, b * s.kv_len + j, h)[column * 16..];
-                let mask = first_lanes(row.len()) as __mmask16;
-                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row.as_ptr().cast()))
+                let start = s.head_dim.min(column * 16);
+                let values = &v.token(s, b * s.kv_len + key, h)[start..];
+                let mask = first_lanes(values.len()) as __mmask16;
+                let words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values.as_ptr().cast()));
+                // Where the values end, the one begins.
+                let one = if s.head_dim / 16 == column { 1 << (s.head_dim % 16) } else { 0 };
+                _mm512_mask_mov_epi32(words, one, _mm512_set1_epi32(i32::from(bf16::ONE.to_bits())))
             };
             let mut rows = [_mm512_setzero_si512(); 16];
             for (pair, words) in rows.iter_mut().enumerate() {
-                let (low, high) = (row(first + 2 * pair), row(first + 2 * pair + 1));
+                let (low, high) = (row(2 * pair), row(2 * pair + 1));
                 *words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
             }
-            transpose(&mut rows);
-            for (row, words) in tile.chunks_exact_mut(16).zip(rows) {
-                _mm512_storeu_si512(row.as_mut_ptr().cast(), words);
-            }
+            store(&rows, tile);
         }
     }
+}
+
+/// The key, of 32, whose weight is at a place of a packed row: two vectors of
+/// 16 scores become one of 32 weights by `vpackssdw`, which takes four of each
+/// in turn.
+pub(super) const fn key_of_word(word: usize) -> usize {
+    let (quarter, place) = (word / 8, word % 8);
+    place / 4 * 16 + quarter * 4 + place % 4
 }
 
 /// Packs 32 queries, `[2][steps]` tiles, times `sign`, which is 1, -1 or 0.
@@ -158,29 +176,17 @@ pub(super) unsafe fn queries(
             }
         }
         // SAFETY: a tile is 16 rows of 64 bytes.
-        unsafe {
-            transpose(&mut rows);
-            for (row, words) in tile.chunks_exact_mut(16).zip(rows) {
-                _mm512_storeu_si512(row.as_mut_ptr().cast(), words);
-            }
-        }
+        unsafe { store(&rows, tile) };
     }
 }
 
-/// Two vectors rounded to bfloat16, as pairs.
-///
 /// # Safety
-/// The machine has AVX-512 with BW and BF16.
+/// The machine has AVX-512 F.
 #[inline(always)]
-pub(super) unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
-    static ORDER: [i16; 32] = [
-        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-        14, 30, 15, 31,
-    ];
-    // SAFETY: by the contract; every bit pattern is 32 bfloat16, and the order is 64 bytes.
-    unsafe {
-        let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-        _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), both)
+unsafe fn store(rows: &[__m512i; 16], tile: &mut [f32]) {
+    for (to, row) in tile.chunks_exact_mut(16).zip(rows) {
+        // SAFETY: a chunk has 64 bytes.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), *row) };
     }
 }
 
