@@ -82,6 +82,19 @@ pub(super) struct Operands<'a> {
     pub(super) first: bool,
 }
 
+/// Work for the vectors that comes in small pieces, to be put between the
+/// steps of a product: tiles and vectors are different parts of the processor,
+/// and both are busy only while they alternate every few instructions.
+pub(super) trait Between {
+    /// Whether nothing is left.
+    fn is_done(&self) -> bool;
+    /// Does the next piece, if there is one.
+    ///
+    /// # Safety
+    /// As said where the work was made.
+    unsafe fn advance(&mut self);
+}
+
 /// Lines of memory to be brought into the second-level cache.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
@@ -117,12 +130,18 @@ const FITTING_STEPS: usize = 20;
 /// registers: the next call, or [`store`], writes them to this call's `c`. So
 /// the multiplier need not drain: this call loads its first operands, writes
 /// what the call before it left (to `previous`, unless null), and goes on.
+/// `between` is what the vectors do meanwhile; it may read what is written to `previous`.
 ///
 /// # Safety
 /// This thread holds [`Tiles`]; all that the runs name is readable, and the
 /// accumulators are writable.
 #[inline(always)]
-pub(super) unsafe fn multiply_pair(o: &Operands<'_>, previous: *mut f32, ahead: &[Ahead]) {
+pub(super) unsafe fn multiply_pair(
+    o: &Operands<'_>,
+    previous: *mut f32,
+    ahead: &[Ahead],
+    between: &mut impl Between,
+) {
     let keep = if o.runs.len() == 1 && o.runs[0].steps > FITTING_STEPS { KEPT_STEPS } else { usize::MAX };
     // SAFETY: the caller's contract. Tile registers keep their contents from
     // one `asm!` to the next because compiled code never uses them.
@@ -177,8 +196,8 @@ pub(super) unsafe fn multiply_pair(o: &Operands<'_>, previous: *mut f32, ahead: 
             // The first step is done.
             let done = usize::from(i == 0);
             let kept = run.steps.min(keep);
-            steps::<true>(o, run, done..kept);
-            steps::<false>(o, run, kept.max(done)..run.steps);
+            steps::<true>(o, run, done..kept, between);
+            steps::<false>(o, run, kept.max(done)..run.steps, between);
         }
     }
 }
@@ -189,12 +208,14 @@ pub(super) unsafe fn multiply_pair(o: &Operands<'_>, previous: *mut f32, ahead: 
 /// # Safety
 /// As for [`multiply_pair`].
 #[inline(always)]
-unsafe fn steps<const KEEP: bool>(o: &Operands<'_>, run: &Run, range: std::ops::Range<usize>) {
-    if range.is_empty() {
-        return;
-    }
+unsafe fn steps<const KEEP: bool>(
+    o: &Operands<'_>,
+    run: &Run,
+    mut range: std::ops::Range<usize>,
+    between: &mut impl Between,
+) {
     macro_rules! multiply {
-        ($load:literal) => {
+        ($load:literal, $count:expr) => {
             asm!(
                 "2:",
                 concat!($load, " tmm4, [{a0} + {stride}]"),
@@ -213,7 +234,7 @@ unsafe fn steps<const KEEP: bool>(o: &Operands<'_>, run: &Run, range: std::ops::
                 a0 = inout(reg) o.a[0].byte_add(run.a + range.start * 64) => _,
                 a1 = inout(reg) o.a[1].byte_add(run.a + range.start * 64) => _,
                 b = inout(reg) o.b.byte_add(run.b + range.start * 2048) => _,
-                n = inout(reg) range.len() => _,
+                n = inout(reg) $count => _,
                 stride = in(reg) o.stride,
                 line = in(reg) 64_usize,
                 options(nostack, readonly)
@@ -223,10 +244,22 @@ unsafe fn steps<const KEEP: bool>(o: &Operands<'_>, run: &Run, range: std::ops::
     // SAFETY: the caller's contract. Weights are always loaded past the
     // first-level cache, which then keeps the rows of A for the next panel.
     unsafe {
+        while !between.is_done() && !range.is_empty() {
+            if KEEP {
+                multiply!("tileloadd", 1_usize);
+            } else {
+                multiply!("tileloaddt1", 1_usize);
+            }
+            range.start += 1;
+            between.advance();
+        }
+        if range.is_empty() {
+            return;
+        }
         if KEEP {
-            multiply!("tileloadd");
+            multiply!("tileloadd", range.len());
         } else {
-            multiply!("tileloaddt1");
+            multiply!("tileloaddt1", range.len());
         }
     }
 }

@@ -20,10 +20,11 @@ pub(crate) enum Finish<'a, T> {
 /// Where outputs go and how they are finished.
 pub(crate) struct Output<'a, T> {
     /// `[m, n]`.
-    start: *mut T,
+    pub(super) start: *mut T,
+    rows: usize,
     /// Columns of the output: of a GEGLU, half of the weight's.
-    n: usize,
-    finish: Finish<'a, T>,
+    pub(super) n: usize,
+    pub(super) finish: Finish<'a, T>,
 }
 
 // SAFETY: tasks write disjoint tiles, as the drivers cut them.
@@ -53,12 +54,32 @@ impl<'a, T: Element> Output<'a, T> {
                 }
             }
         }
-        Self { start: out.as_mut_ptr(), n, finish }
+        Self { start: out.as_mut_ptr(), rows: m, n, finish }
     }
 
     /// Whether panels come in pairs of values and gates.
     pub(crate) fn in_pairs(&self) -> bool {
         matches!(self.finish, Finish::Geglu(_))
+    }
+
+    /// Whether every panel of a row is one whole line of memory.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_whole_lines(&self) -> bool {
+        let panel = PANEL * size_of::<T>();
+        self.start.addr().is_multiple_of(panel) && self.n.is_multiple_of(PANEL) && panel == 64
+    }
+
+    /// Bytes of the output.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn bytes(&self) -> usize {
+        self.rows * self.n * size_of::<T>()
+    }
+
+    /// Columns that a panel of the weight has in the output; of a GEGLU `panel`
+    /// is the values'.
+    pub(crate) fn columns(&self, panel: usize) -> usize {
+        let panel = if self.in_pairs() { panel / 2 } else { panel };
+        PANEL.min(self.n - panel * PANEL)
     }
 
     /// Finishes a tile: rows `row..row + rows` of panel `panel` from `tile`

@@ -10,6 +10,8 @@ mod avx2;
 mod avx512;
 mod blocks;
 mod epilogue;
+#[cfg(target_arch = "x86_64")]
+mod finish512;
 mod packed;
 mod portable;
 mod rewrite;

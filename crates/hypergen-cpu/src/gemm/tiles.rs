@@ -14,6 +14,7 @@ use half::bf16;
 use super::Rows;
 use super::amx::{Ahead, Operands, Run, TILE_ROWS, Tiles, multiply_pair, multiply_single, store};
 use super::epilogue::Output;
+use super::finish512::{Finisher, Sums};
 use super::packed::{PANEL, PackedMatrix, STEP, TILE_K};
 use crate::Cpu;
 use crate::cache::second_level_bytes;
@@ -22,7 +23,7 @@ use crate::simd::Simd;
 use crate::simd::avx512::Avx512;
 
 /// The vectors around the tiles.
-type Vectors = Avx512<true>;
+pub(super) type Vectors = Avx512<true>;
 
 /// Steps of 32 values in a chunk of plain rows. Shorter chunks would let all
 /// rows stay in the first-level cache, but carrying accumulators from chunk to
@@ -49,6 +50,9 @@ pub(crate) struct Spot {
     /// Rows that count; the tile may read on into whatever follows.
     pub(crate) rows: usize,
 }
+
+/// Lines of memory of a panel's step.
+const LINES: usize = STEP * 2 / 64;
 
 /// The order in which a block is walked.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -143,27 +147,27 @@ impl Plan {
             let units = span / a.unit().min(span);
             (1..=units).rev().find(|&u| fits(u * a.unit())).unwrap_or(1) * a.unit()
         };
-        let limit = match a.order() {
-            Order::RowsOuter => share / (w.panel(0).len() * 2 / a.chunks()).max(1),
-            Order::PanelsOuter => panels,
-        };
         let waiting = if a.chunks() > 1 { share / (rows * PANEL * 4) } else { panels };
-        let mut cols = (limit.min(waiting).max(1) / unit * unit).clamp(unit, panels);
-        // Even shares for the threads: cut panels evenly, then rows.
+        let mut cols = (waiting.max(1) / unit * unit).clamp(unit, panels);
+        // Even shares for the threads. Cutting panels makes every part read all
+        // rows, cutting rows makes every part read all weights: what is read
+        // twice should be the smaller of the two.
         if threads > 1 {
+            let weights_are_larger = panels * PANEL > count;
             let mut parts = panels.div_ceil(cols);
             let even = |parts: usize| panels.div_ceil(parts).next_multiple_of(unit);
             cols = even(parts);
             let blocks =
                 |rows, cols| (Self { rows, span, panels: cols }).row_blocks(spans) * panels.div_ceil(cols);
             while blocks(rows, cols) < 2 * threads {
-                if rows > span {
-                    rows = (rows / span).div_ceil(2) * span;
-                } else if rows > 4 * a.unit().max(2 * TILE_ROWS) {
-                    rows = (rows / 2).next_multiple_of(a.unit());
-                } else if cols > unit {
+                let can_cut_rows = rows > span || rows > 4 * a.unit().max(2 * TILE_ROWS);
+                if cols > unit && (weights_are_larger || !can_cut_rows) {
                     parts += 1;
                     cols = even(parts);
+                } else if rows > span {
+                    rows = (rows / span).div_ceil(2) * span;
+                } else if can_cut_rows {
+                    rows = (rows / 2).next_multiple_of(a.unit());
                 } else {
                     break;
                 }
@@ -211,15 +215,6 @@ struct Block<'a, L> {
     panels: Range<usize>,
 }
 
-/// A tile's worth of finished sums that wait for their epilogue.
-#[derive(Clone, Copy)]
-struct Done {
-    /// Where they are; of a GEGLU, values and gates.
-    c: [*mut f32; 2],
-    pair: usize,
-    panel: usize,
-}
-
 /// # Safety
 /// The machine has AMX with bfloat16; `scratch` holds `left` floats of laid
 /// out rows, then the accumulators.
@@ -241,11 +236,20 @@ unsafe fn run<L: Left>(block: &Block<'_, L>, scratch: &mut [f32], left: usize) {
             block.a.lay_out::<Vectors>(block.rows.clone(), chunk, laid_out);
             let runs = block.a.runs(block.rows.len(), chunk, &mut list);
             let accumulators = accumulators.as_mut_ptr();
-            let walk =
-                Walk { block, spots: &spots[..count], runs: &list[..runs], chunk, accumulators, stored: 0 };
-            walk.run();
+            let (spots, runs) = (&spots[..count], &list[..runs]);
+            let finisher = Finisher::new(block.output);
+            let group = group_of_panels(block);
+            Walk { block, spots, runs, chunk, accumulators, group, stored: 0, waiting: None, finisher }.run();
         }
     }
+}
+
+/// Panels that pairs of tiles pass together, so that they come from the
+/// second-level cache from the second pair on.
+fn group_of_panels<L: Left>(block: &Block<'_, L>) -> usize {
+    let unit = if block.output.in_pairs() { 2 } else { 1 };
+    let panel = block.w.panel(0).len() * 2 / block.a.chunks();
+    (second_level_bytes() / 32 * 5 / panel.max(1) / unit * unit).max(unit)
 }
 
 /// One chunk's way through a block.
@@ -255,8 +259,13 @@ struct Walk<'a, L> {
     runs: &'a [Run],
     chunk: usize,
     accumulators: *mut f32,
+    /// Panels that pairs of tiles pass together.
+    group: usize,
     /// Tiles' worth of accumulators handed out so far.
     stored: usize,
+    /// Sums that are still in registers, at least in part.
+    waiting: Option<Sums>,
+    finisher: Finisher<'a>,
 }
 
 impl<L: Left> Walk<'_, L> {
@@ -268,26 +277,27 @@ impl<L: Left> Walk<'_, L> {
     unsafe fn run(mut self) {
         let unit = self.unit();
         let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
-        let mut pending = None;
         // SAFETY: the caller's contract.
         unsafe {
             match self.block.a.order() {
                 Order::RowsOuter => {
-                    for pair in 0..pairs {
-                        for p in (0..panels).step_by(unit) {
-                            self.one(pair, p, &mut pending);
+                    for first in (0..panels).step_by(self.group) {
+                        for pair in 0..pairs {
+                            for p in (first..panels.min(first + self.group)).step_by(unit) {
+                                self.one(pair, p);
+                            }
                         }
                     }
                 }
                 Order::PanelsOuter => {
                     for p in (0..panels).step_by(unit) {
                         for pair in 0..pairs {
-                            self.one(pair, p, &mut pending);
+                            self.one(pair, p);
                         }
                     }
                 }
             }
-            self.flush(&mut pending);
+            self.flush();
         }
     }
 
@@ -295,60 +305,74 @@ impl<L: Left> Walk<'_, L> {
         if self.block.output.in_pairs() { 2 } else { 1 }
     }
 
-    /// Multiplies a pair of tiles with a panel, or with values and gates, and
-    /// finishes the one before it, whose sums are written meanwhile.
+    fn last_chunk(&self) -> bool {
+        self.chunk + 1 == self.block.a.chunks()
+    }
+
+    /// Where the sums of a pair of tiles and a panel go.
+    #[inline(always)]
+    fn accumulators(&mut self, pair: usize, p: usize) -> *mut f32 {
+        let waits = self.block.a.chunks() > 1;
+        let index = if waits { pair * self.block.panels.len() + p } else { self.stored % RING };
+        self.stored += 1;
+        self.accumulators.wrapping_add(index * ACC_LEN)
+    }
+
+    /// Multiplies a pair of tiles with a panel, or with values and gates.
+    /// Meanwhile the sums before these are written and finished.
     ///
     /// # Safety
     /// As for the function `run`.
     #[inline(always)]
-    unsafe fn one(&mut self, pair: usize, p: usize, pending: &mut Option<Done>) {
-        let (unit, a) = (self.unit(), self.block.a);
+    unsafe fn one(&mut self, pair: usize, p: usize) {
+        let unit = self.unit();
         let both = &self.spots[pair * 2..self.spots.len().min(pair * 2 + 2)];
-        let mut done = Done { c: [std::ptr::null_mut(); 2], pair, panel: p };
-        if both.len() == 1 || self.runs.is_empty() {
-            // SAFETY: the caller's contract.
-            unsafe { self.flush(pending) };
-        }
-        for i in 0..unit {
-            let index =
-                if a.chunks() > 1 { pair * self.block.panels.len() + p + i } else { self.stored % RING };
-            self.stored += 1;
-            // SAFETY: the caller's contract.
-            unsafe {
-                let c = self.accumulators.add(index * ACC_LEN);
-                done.c[i] = c;
+        let second = both.get(1).copied().unwrap_or(Spot { rows: 0, ..both[0] });
+        let first = self.accumulators(pair, p);
+        let c = [first, if unit == 2 { self.accumulators(pair, p + 1) } else { first }];
+        let sums = Sums {
+            c: c.map(<*mut f32>::cast_const),
+            spots: [both[0], second],
+            panel: self.block.panels.start + p,
+        };
+        let together = both.len() == 2 && !self.runs.is_empty();
+        // SAFETY: the caller's contract.
+        unsafe {
+            if !together {
+                self.flush();
+            }
+            let mut previous = self.waiting.map_or(std::ptr::null_mut(), |w| w.c[1].cast_mut());
+            if let Some(waiting) = self.waiting.take()
+                && self.last_chunk()
+            {
+                let pieces = unit * self.runs.iter().map(|r| r.steps).sum::<usize>() - 1;
+                self.finisher.begin(waiting, pieces);
+            }
+            for (i, &c) in c.iter().enumerate().take(unit) {
                 let operands = Operands {
-                    a: [both[0].a, both[both.len() - 1].a],
-                    stride: a.stride(),
+                    a: [both[0].a, second.a],
+                    stride: self.block.a.stride(),
                     b: self.block.w.panel(self.block.panels.start + p + i).as_ptr(),
                     runs: self.runs,
                     c,
                     first: self.chunk == 0,
                 };
-                if both.len() == 1 || self.runs.is_empty() {
+                if together {
+                    let mut ahead = [Ahead { from: std::ptr::null(), lines: 0 }; MAX_RUNS];
+                    let count = self.ahead(pair, p + i, &mut ahead);
+                    multiply_pair(&operands, previous, &ahead[..count], &mut self.finisher);
+                    previous = c;
+                } else {
                     multiply_single(&operands);
-                    continue;
-                }
-                let previous = match (i, *pending) {
-                    (1, _) => done.c[0],
-                    (_, Some(done)) => done.c[unit - 1],
-                    (_, None) => std::ptr::null_mut(),
-                };
-                let mut ahead = [Ahead { from: std::ptr::null(), lines: 0 }; MAX_RUNS];
-                let count = self.ahead(pair, p + i, &mut ahead);
-                multiply_pair(&operands, previous, &ahead[..count]);
-                if i == 0
-                    && let Some(before) = pending.take()
-                {
-                    self.finish(&before);
                 }
             }
-        }
-        if both.len() == 1 || self.runs.is_empty() {
-            // SAFETY: the caller's contract; the sums are written.
-            unsafe { self.finish(&done) };
-        } else {
-            *pending = Some(done);
+            self.finisher.finish();
+            if together {
+                self.waiting = Some(sums);
+            } else if self.last_chunk() {
+                self.finisher.begin(sums, 1);
+                self.finisher.finish();
+            }
         }
     }
 
@@ -357,68 +381,32 @@ impl<L: Left> Walk<'_, L> {
     /// # Safety
     /// As for the function `run`.
     #[inline(always)]
-    unsafe fn flush(&self, pending: &mut Option<Done>) {
-        if let Some(done) = pending.take() {
-            // SAFETY: the caller's contract.
-            unsafe {
-                store(done.c[self.unit() - 1]);
-                self.finish(&done);
-            }
-        }
-    }
-
-    /// The epilogue, once the last chunk is added.
-    ///
-    /// # Safety
-    /// As for the function `run`; the sums are written.
-    #[inline(always)]
-    unsafe fn finish(&self, done: &Done) {
-        if self.chunk + 1 < self.block.a.chunks() {
-            return;
-        }
-        let output = self.block.output;
-        let both = &self.spots[done.pair * 2..self.spots.len().min(done.pair * 2 + 2)];
-        let (values, gates) = (done.c[0], done.c[self.unit() - 1]);
-        let panel = self.block.panels.start + done.panel;
+    unsafe fn flush(&mut self) {
+        let Some(waiting) = self.waiting.take() else { return };
         // SAFETY: the caller's contract.
         unsafe {
-            if both.len() == 2 && both[0].rows == TILE_ROWS && both[1].row == both[0].row + TILE_ROWS {
-                let rows = TILE_ROWS + both[1].rows;
-                return output.tile::<Vectors>(values, gates, both[0].row, rows, panel);
-            }
-            for (i, spot) in both.iter().enumerate() {
-                let offset = i * TILE_ROWS * PANEL;
-                output.tile::<Vectors>(values.add(offset), gates.add(offset), spot.row, spot.rows, panel);
+            store(waiting.c[1].cast_mut());
+            if self.last_chunk() {
+                self.finisher.begin(waiting, 1);
+                self.finisher.finish();
             }
         }
     }
 
-    /// What this call brings nearer for a later one: a share of the next rows,
-    /// or of the next panel. Writes one entry for each run.
+    /// What this call brings nearer for a later one: a share of the next panel.
+    /// Writes one entry for each run, and returns how many.
     #[inline(always)]
     fn ahead(&self, pair: usize, p: usize, ahead: &mut [Ahead; MAX_RUNS]) -> usize {
         let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
         match self.block.a.order() {
-            Order::RowsOuter => {
-                let Some(next) = self.spots.get(pair * 2 + 2) else { return 0 };
-                let run = self.runs[0];
-                // A share of the rows; the pair's rows follow one another.
-                let rows = 2 * TILE_ROWS * p / panels..2 * TILE_ROWS * (p + 1) / panels;
-                let mut count = 0;
-                for row in rows.take(MAX_RUNS) {
-                    let from = next.a.cast::<u8>().wrapping_add(run.a + row * self.block.a.stride());
-                    ahead[count] = Ahead { from, lines: run.steps };
-                    count += 1;
-                }
-                count
-            }
+            // The processor's own prefetching does as well here.
+            Order::RowsOuter => 0,
             Order::PanelsOuter => {
                 if p + 1 >= panels {
                     return 0;
                 }
                 let next = self.block.w.panel(self.block.panels.start + p + 1).as_ptr().cast::<u8>();
                 for (run, ahead) in self.runs.iter().zip(ahead.iter_mut()) {
-                    const LINES: usize = STEP * 2 / 64;
                     let lines = run.steps * LINES;
                     let share = lines * pair / pairs..lines * (pair + 1) / pairs;
                     *ahead = Ahead { from: next.wrapping_add(run.b + share.start * 64), lines: share.len() };
@@ -488,8 +476,11 @@ impl Left for Direct<'_> {
         self.m
     }
     fn most_rows(&self) -> usize {
-        // Accumulators that wait should do so in the second-level cache.
-        if self.chunks.chunks > 1 { 256 } else { 1024 }
+        // What all panels pass should stay in the second-level cache, and so
+        // should accumulators that wait.
+        let fits = second_level_bytes() / 16 * 5 / (self.chunks.longest() * TILE_K * 2);
+        let most = if self.chunks.chunks > 1 { 256 } else { 1024 };
+        (fits / self.unit() * self.unit()).clamp(self.unit(), most)
     }
     fn scratch_bytes(&self, rows: usize) -> usize {
         // Room for the last tile, which must not read past the matrix.
