@@ -55,14 +55,19 @@ impl ResnetBlock {
             (Some(layer), Some(time)) => Some(ops::linear(time, layer, Epilogue::default())),
             _ => None,
         };
-        let h = ops::group_norm(x, &self.norm1, self.groups, Activation::Silu);
-        let epilogue = Epilogue { add_per_picture: time.as_ref(), ..Epilogue::default() };
-        let h = ops::conv2d(&h, &self.conv1, Window::Same, epilogue); // [n, h, w, outputs]
-        let h = ops::group_norm(&h, &self.norm2, self.groups, Activation::Silu);
+        // At full size these are the largest buffers of all, so each goes as
+        // soon as it has been read.
+        let h = {
+            let normalised = ops::group_norm(x, &self.norm1, self.groups, Activation::Silu);
+            let epilogue = Epilogue { add_per_picture: time.as_ref(), ..Epilogue::default() };
+            ops::conv2d(&normalised, &self.conv1, Window::Same, epilogue) // [n, h, w, outputs]
+        };
+        let normalised = ops::group_norm(&h, &self.norm2, self.groups, Activation::Silu);
+        drop(h);
         let shortcut = self.conv_shortcut.as_ref().map(|layer| ops::linear(x, layer, Epilogue::default()));
         let residual = Some(shortcut.as_ref().unwrap_or(x));
         ops::conv2d(
-            &h,
+            &normalised,
             &self.conv2,
             Window::Same,
             Epilogue { residual, scale: self.scale, ..Epilogue::default() },
