@@ -5,12 +5,12 @@
 //!
 //! * [`vector`]: float32 products, any instruction set;
 //! * [`pairs`]: bfloat16 dot products of AVX-512;
-//! * [`amx`]: bfloat16 tiles, whose instructions are in [`amx_tiles`] and whose
-//!   operands [`pack512`] lays out.
+//! * [`amx`]: bfloat16 tiles, whose instructions are in [`amx_tiles`], whose
+//!   operands [`pack512`] lays out and whose softmax is [`amx_weights`].
 //!
-//! All compute the transposed problem, keys by queries: a lane of a vector is
-//! a query, so maxima, sums and factors of the softmax need no work across
-//! lanes, and no query can see what its neighbours are.
+//! On vectors the problem is transposed, keys by queries: a lane is a query, so
+//! maxima, sums and factors of the softmax need no work across lanes. On tiles
+//! it is queries by keys. Either way no query can see what its neighbours are.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
