@@ -82,9 +82,9 @@ def png_of(picture) -> bytes:
 def diffusers_unet(task: dict):
     unet = unet_of(task)
     if task.get("compile"):
-        import torch._inductor.config
+        from torch._inductor import config as inductor
 
-        torch._inductor.config.freezing = True
+        inductor.freezing = True
         unet = torch.compile(unet)
     x, t = latents(task, 2), torch.tensor(500)
     text, added = conditions(task, 2)
