@@ -140,7 +140,7 @@ unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, [b, h, first]: [u
 }
 
 /// The key, of 32, whose weight is at a place of a packed row: two vectors of
-/// 16 scores become one of 32 weights by `vpackssdw`, which takes four of each
+/// 16 scores become one of 32 weights by `vpackusdw`, which takes four of each
 /// in turn.
 pub(super) const fn key_of_word(word: usize) -> usize {
     let (quarter, place) = (word / 8, word % 8);
