@@ -167,6 +167,17 @@ def run(
     }
 
 
+def precision(single: dict, double: dict, brain: dict) -> dict:
+    """How far the float32 run is from float64, and bfloat16 from float32."""
+    return {
+        "float64": round(psnr(single["floats"], double["floats"]), 1),
+        "bfloat16": {
+            "latents": round(distance(brain["latents"], single["latents"]), 5),
+            "picture": round(psnr(brain["picture"] / 255, single["picture"] / 255), 2),
+        },
+    }
+
+
 def make(scratch: Path) -> None:
     for checkpoint in CHECKPOINTS:
         fixture = checkpoint.save(scratch / checkpoint.name)
@@ -189,11 +200,7 @@ def make(scratch: Path) -> None:
         brain = run(load(folder, variant), case, scheduler, torch.bfloat16)
         row = asdict(case)
         row.pop("name")
-        row["float64"] = round(psnr(single["floats"], double["floats"]), 1)
-        row["bfloat16"] = {
-            "latents": round(distance(brain["latents"], single["latents"]), 5),
-            "picture": round(psnr(brain["picture"] / 255, single["picture"] / 255), 2),
-        }
+        row |= precision(single, double, brain)
         rows[case.name] = row
         tensors[f"{case.name}/latents"] = single["latents"].astype(np.float32)
         tensors[f"{case.name}/picture"] = single["picture"]

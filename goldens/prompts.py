@@ -12,8 +12,8 @@ import torch
 
 import a1111
 from checkpoints import BY_NAME, CHECKPOINTS, EMOJI, FIXTURES
-from fixture import distance, psnr, write_json, write_tensors
-from pipelines import CAFE, FOX, SCHEDULERS, STABLE, Case, load, run
+from fixture import distance, write_json, write_tensors
+from pipelines import CAFE, FOX, SCHEDULERS, STABLE, Case, load, precision, run
 from tokens import write_asset, write_folder
 
 
@@ -149,11 +149,7 @@ def make(scratch: Path) -> None:
         single, double, brain = found.values()
         row = {k: v for k, v in asdict(case).items() if v is not None or k in Case.__dataclass_fields__}
         row.pop("name")
-        row["float64"] = round(psnr(single["floats"], double["floats"]), 1)
-        row["bfloat16"] = {
-            "latents": round(distance(brain["latents"], single["latents"]), 5),
-            "picture": round(psnr(brain["picture"] / 255, single["picture"] / 255), 2),
-        }
+        row |= precision(single, double, brain)
         rows[case.name] = row
         tensors[f"{case.name}/latents"] = single["latents"].astype(np.float32)
         tensors[f"{case.name}/picture"] = single["picture"]

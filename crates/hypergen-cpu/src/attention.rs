@@ -15,7 +15,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod amx_tiles;
+mod amx_tiles;
 #[cfg(target_arch = "x86_64")]
 mod amx_weights;
 #[cfg(target_arch = "x86_64")]

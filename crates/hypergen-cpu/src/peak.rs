@@ -67,7 +67,7 @@ mod x86 {
     //! One instruction each, on enough registers to hide its latency.
     use std::arch::asm;
 
-    use crate::attention::amx_tiles;
+    use crate::gemm::amx::Tiles;
 
     const ROUNDS: u64 = 10_000;
 
@@ -76,7 +76,7 @@ mod x86 {
         // SAFETY: chosen only where the set is AMX, whose permission the
         // process has; the tiles are configured first and no memory is touched.
         unsafe {
-            amx_tiles::configure();
+            let _tiles = Tiles::configure();
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
@@ -86,7 +86,6 @@ mod x86 {
                 "dec {n}", "jnz 2b",
                 n = inout(reg) ROUNDS => _, options(nomem, nostack)
             );
-            amx_tiles::release();
         }
         ROUNDS * 4 * 2 * 16 * 16 * 32
     }

@@ -285,8 +285,9 @@ pub fn attention(
         scale: 1.0 / (head_dim as f32).sqrt(),
         causal,
     };
-    let sizes = [shape.batch, heads, head_dim, shape.q_len, shape.kv_len];
-    let _span = q.tensor.device().span("attention", &sizes, &[&[2][..], &sizes].concat());
+    let AttentionShape { batch, q_len, kv_len, .. } = shape;
+    let sizes = [batch, heads, head_dim, q_len, kv_len];
+    let _span = q.tensor.device().span("attention", &sizes, &[2, batch, heads, head_dim, q_len, kv_len]);
     by_type!(q.tensor, typed(q, k, v, &shape))
 }
 

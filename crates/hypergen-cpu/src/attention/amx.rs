@@ -21,11 +21,12 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::amx_tiles::{self as tiles, Nothing, Output, Scores, TILE};
+use super::amx_tiles::{Nothing, Output, Scores, TILE};
 use super::amx_weights::{self as weights, Block, Limits};
 use super::pack512::{self as pack, Layout};
 use super::{AttentionShape, Heads, output};
 use crate::Cpu;
+use crate::gemm::amx::Tiles;
 use crate::scratch::Scratch;
 use crate::split::Shared;
 
@@ -157,7 +158,7 @@ unsafe fn queries(job: &Job<'_>, head: usize, first: usize) {
             let start = i / units * KEYS;
             Item { unit: i % units, start, len: KEYS.min(visible - start) }
         };
-        tiles::configure();
+        let tiles = Tiles::configure();
         work.score(item(0)).run(&mut Nothing);
         for i in 0..items {
             let before = (i > 0).then(|| work.output(item(i - 1), i - 1));
@@ -166,7 +167,7 @@ unsafe fn queries(job: &Job<'_>, head: usize, first: usize) {
             work.weigh((i, item(i)), scale, hidden, before.as_ref(), next.as_ref());
         }
         work.output(item(items - 1), items - 1).run(&mut Nothing);
-        tiles::release();
+        drop(tiles);
         for (u, o) in work.o.chunks_exact(o_len).enumerate() {
             finish(job, [b, h, first + u * QUERIES], o);
         }
@@ -238,7 +239,7 @@ impl Work<'_> {
                 all.top()
             };
             if weights::too_large(top) {
-                self.raise((i, item), &block, next);
+                self.raise(item, &block, next);
             }
         }
     }
@@ -251,8 +252,8 @@ impl Work<'_> {
     /// As for [`Work::weigh`].
     #[cold]
     #[inline(never)]
-    unsafe fn raise(&mut self, (i, item): (usize, Item), block: &Block, next: Option<&Scores>) {
-        debug_assert_eq!(block.weights, self.weights[i % 2]);
+    unsafe fn raise(&mut self, item: Item, block: &Block, next: Option<&Scores>) {
+        let again = self.score(item);
         let o_len = 2 * self.layout.columns * TILE;
         let o = &mut self.o[item.unit * o_len..][..o_len];
         // The output of earlier items exists unless this is the first.
@@ -260,9 +261,7 @@ impl Work<'_> {
         let shift = &mut self.shift[item.unit * QUERIES..][..QUERIES];
         // SAFETY: by the contract.
         unsafe {
-            let keys = &self.packed[item.start / 32 * 2 * self.layout.steps * TILE..self.layout.keys];
-            let q = &self.q[item.unit * 2 * self.layout.steps * TILE..];
-            Scores::new(keys, q, self.scores, self.layout.steps, item.len.div_ceil(32)).run(&mut Nothing);
+            again.run(&mut Nothing);
             block.raise(shift, o);
             next.inspect(|n| n.run(&mut Nothing));
         }

@@ -5,67 +5,23 @@
 
 use std::arch::asm;
 
+use crate::gemm::amx::Between;
+
 /// 32-bit words of a tile: 16 rows of 64 bytes, packed one after another on
 /// cache lines, because rows that straddle lines load three times slower.
 pub(super) const TILE: usize = 256;
 
-#[repr(C, align(64))]
-struct Configuration {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// Makes all eight tiles 16 rows of 64 bytes.
-///
-/// # Safety
-/// The machine has AMX, and the process may use it.
-#[inline(always)]
-pub(crate) unsafe fn configure() {
-    static ALL: Configuration = {
-        let mut c =
-            Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        let mut i = 0;
-        while i < 8 {
-            (c.row_bytes[i], c.rows[i]) = (64, 16);
-            i += 1;
-        }
-        c
-    };
-    // SAFETY: by the contract; reads 64 bytes.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const ALL, options(nostack, readonly)) }
-}
-
-/// Gives the tiles back, so that the system need not save them any more.
-///
-/// # Safety
-/// The machine has AMX.
-#[inline(always)]
-pub(crate) unsafe fn release() {
-    // SAFETY: by the contract.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) }
-}
-
 /// Bytes of a tile.
 const BYTES: usize = TILE * 4;
-
-/// Work for the vectors that comes in small pieces, to be put between those
-/// for the tiles: both parts of the processor are busy only while they
-/// alternate every few instructions.
-pub(super) trait Between {
-    /// Does the next piece, if there is any left.
-    ///
-    /// # Safety
-    /// As said where the work was made.
-    unsafe fn advance(&mut self);
-}
 
 /// No work for the vectors.
 pub(super) struct Nothing;
 
 impl Between for Nothing {
+    #[inline(always)]
+    fn is_done(&self) -> bool {
+        true
+    }
     #[inline(always)]
     unsafe fn advance(&mut self) {}
 }

@@ -12,8 +12,9 @@
 use std::arch::x86_64::*;
 
 use super::amx::{KEYS, QUERIES};
-use super::amx_tiles::{Between, TILE};
+use super::amx_tiles::TILE;
 use super::pack512::key_of_word;
+use crate::gemm::amx::Between;
 
 /// Steps of `x` to a power of two: one more bit than bfloat16's mantissa has.
 const STEPS: f32 = 256.0;
@@ -290,7 +291,7 @@ impl All {
     /// The machine has AVX-512.
     #[inline(always)]
     pub(super) unsafe fn top(&self) -> __m512i {
-        debug_assert_eq!(self.done, self.all, "all weights were computed");
+        debug_assert!(self.is_done(), "all weights were computed");
         // SAFETY: by the contract; the array has 64 bytes.
         unsafe { _mm512_loadu_si512(self.top.as_ptr().cast()) }
     }
@@ -320,6 +321,10 @@ impl All {
 }
 
 impl Between for All {
+    #[inline(always)]
+    fn is_done(&self) -> bool {
+        self.done == self.all
+    }
     #[inline(always)]
     unsafe fn advance(&mut self) {
         // SAFETY: by the contract.

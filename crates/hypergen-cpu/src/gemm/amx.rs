@@ -85,7 +85,7 @@ pub(super) struct Operands<'a> {
 /// Work for the vectors that comes in small pieces, to be put between the
 /// steps of a product: tiles and vectors are different parts of the processor,
 /// and both are busy only while they alternate every few instructions.
-pub(super) trait Between {
+pub(crate) trait Between {
     /// Whether nothing is left.
     fn is_done(&self) -> bool;
     /// Does the next piece, if there is one.

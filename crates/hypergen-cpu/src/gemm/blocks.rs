@@ -52,7 +52,7 @@ pub(super) fn multiply<T: Element, R: Rows<T>>(
         Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => 14,
     };
     // Values and gates of a GEGLU stay together.
-    let unit = if output.in_pairs() { 2 } else { 1 };
+    let unit = output.unit();
     let (block_rows, block_panels) = cut(m, panels, tile_rows, unit, cpu.threads());
     let row_blocks = m.div_ceil(block_rows);
     let panel_blocks = panels.div_ceil(block_panels);
@@ -161,7 +161,7 @@ impl<T: Element, R: Rows<T>> Block<'_, T, R> {
                     break;
                 }
             }
-            let unit = if self.output.in_pairs() { 2 } else { 1 };
+            let unit = self.output.unit();
             for p in (0..self.panels.len()).step_by(unit) {
                 for t in 0..tiles {
                     let values = acc.add(tile_at(p, t));

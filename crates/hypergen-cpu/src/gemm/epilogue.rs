@@ -57,9 +57,9 @@ impl<'a, T: Element> Output<'a, T> {
         Self { start: out.as_mut_ptr(), rows: m, n, finish }
     }
 
-    /// Whether panels come in pairs of values and gates.
-    pub(crate) fn in_pairs(&self) -> bool {
-        matches!(self.finish, Finish::Geglu(_))
+    /// Panels that become one of the output: two, values and gates, of a GEGLU.
+    pub(crate) fn unit(&self) -> usize {
+        if matches!(self.finish, Finish::Geglu(_)) { 2 } else { 1 }
     }
 
     /// Whether every panel of a row is one whole line of memory.
@@ -78,8 +78,7 @@ impl<'a, T: Element> Output<'a, T> {
     /// Columns that a panel of the weight has in the output; of a GEGLU `panel`
     /// is the values'.
     pub(crate) fn columns(&self, panel: usize) -> usize {
-        let panel = if self.in_pairs() { panel / 2 } else { panel };
-        PANEL.min(self.n - panel * PANEL)
+        PANEL.min(self.n - panel / self.unit() * PANEL)
     }
 
     /// Finishes a tile: rows `row..row + rows` of panel `panel` from `tile`

@@ -26,9 +26,6 @@ pub(super) struct Sums {
     pub(super) panel: usize,
 }
 
-/// Outputs from this many second-level caches on are written past the caches.
-const STREAMED: usize = 1;
-
 /// What is done to a row.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -73,7 +70,7 @@ impl<'a> Finisher<'a> {
         Self {
             output,
             kind: Kind::Plain,
-            stream: output.has_whole_lines() && output.bytes() >= STREAMED * second_level_bytes(),
+            stream: output.has_whole_lines() && output.bytes() >= second_level_bytes(),
             each: 1,
             left: 0,
             values: std::ptr::null(),
@@ -172,8 +169,7 @@ impl<'a> Finisher<'a> {
         let offset = half * TILE_ROWS * PANEL;
         self.values = self.sums.c[0].wrapping_add(offset);
         self.gates = self.sums.c[1].wrapping_add(offset);
-        let panel = if self.kind == Kind::Geglu { self.sums.panel / 2 } else { self.sums.panel };
-        let col = panel * PANEL;
+        let col = self.sums.panel / self.output.unit() * PANEL;
         let at = spot.row * self.output.n + col;
         self.to = self.output.start.wrapping_add(at);
         // SAFETY: the panel is whole, and the lengths were checked in `Output::new`.

@@ -98,7 +98,7 @@ pub(crate) fn multiply<L: Left>(cpu: &Cpu, a: &L, w: &PackedMatrix<bf16>, output
     if a.count() == 0 || panels == 0 {
         return;
     }
-    let unit = if output.in_pairs() { 2 } else { 1 };
+    let unit = output.unit();
     let plan = Plan::new(a, w, unit, cpu.threads());
     let spans = a.count() / a.span();
     let row_blocks = plan.row_blocks(spans);
@@ -247,7 +247,7 @@ unsafe fn run<L: Left>(block: &Block<'_, L>, scratch: &mut [f32], left: usize) {
 /// Panels that pairs of tiles pass together, so that they come from the
 /// second-level cache from the second pair on.
 fn group_of_panels<L: Left>(block: &Block<'_, L>) -> usize {
-    let unit = if block.output.in_pairs() { 2 } else { 1 };
+    let unit = block.output.unit();
     let panel = block.w.panel(0).len() * 2 / block.a.chunks();
     (second_level_bytes() / 32 * 5 / panel.max(1) / unit * unit).max(unit)
 }
@@ -275,7 +275,7 @@ impl<L: Left> Walk<'_, L> {
     /// As for the function `run`.
     #[inline(always)]
     unsafe fn run(mut self) {
-        let unit = self.unit();
+        let unit = self.block.output.unit();
         let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
         // SAFETY: the caller's contract.
         unsafe {
@@ -301,10 +301,6 @@ impl<L: Left> Walk<'_, L> {
         }
     }
 
-    fn unit(&self) -> usize {
-        if self.block.output.in_pairs() { 2 } else { 1 }
-    }
-
     fn last_chunk(&self) -> bool {
         self.chunk + 1 == self.block.a.chunks()
     }
@@ -325,7 +321,7 @@ impl<L: Left> Walk<'_, L> {
     /// As for the function `run`.
     #[inline(always)]
     unsafe fn one(&mut self, pair: usize, p: usize) {
-        let unit = self.unit();
+        let unit = self.block.output.unit();
         let both = &self.spots[pair * 2..self.spots.len().min(pair * 2 + 2)];
         let second = both.get(1).copied().unwrap_or(Spot { rows: 0, ..both[0] });
         let first = self.accumulators(pair, p);

@@ -6,7 +6,7 @@
 //! The latter has a share of randomness (eta, gamma in the paper). Pipelines pass zero
 //! unless they are told otherwise, and zero it is here: no fresh noise.
 
-use super::ddim::{Table, check_signal};
+use super::ddim::{Ddim, Table, check_signal};
 use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
 use super::schedule::{BetaDefaults, BetaSchedule, Rescale, Schedule};
 use super::spacing::check_steps;
@@ -27,10 +27,6 @@ const SIGMA_DATA: f64 = 0.5;
 struct Lcm {
     /// A level and its factors of the clean sample and the sample.
     steps: Vec<(Level, f64, f64)>,
-}
-
-struct Tcd {
-    steps: Vec<(Level, Level)>,
 }
 
 pub(super) fn build_lcm(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
@@ -63,7 +59,8 @@ pub(super) fn build_tcd(fields: &Fields, steps: usize) -> Result<Built, SamplerE
         levels.push((from, table.level(to)));
     }
     // This class has fields for bounds, but its step does not look at them.
-    Ok(Built { solver: Box::new(Tcd { steps: levels }), prediction, bound: Bound::None })
+    // Without noise of its own a step is DDIM's.
+    Ok(Built { solver: Box::new(Ddim { steps: levels }), prediction, bound: Bound::None })
 }
 
 /// Picks from the timesteps of the distillation, evenly and from the noisy end. The
@@ -94,20 +91,6 @@ impl Solver for Lcm {
                 draw(&mut fresh);
                 *x = combine([(next.alpha.into(), x), (next.sigma.into(), &fresh)]);
             }
-        }
-        Ok(())
-    }
-}
-
-impl Solver for Tcd {
-    fn evaluations(&self) -> usize {
-        self.steps.len()
-    }
-
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        for (from, to) in &self.steps {
-            let (clean, noise) = model.both(x, from)?;
-            *x = combine([(to.alpha.into(), &clean), (to.sigma.into(), &noise)]);
         }
         Ok(())
     }

@@ -8,9 +8,9 @@ use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
 
 pub(super) const CLASS: &str = "DDIMScheduler";
 
-struct Ddim {
+pub(super) struct Ddim {
     /// From where to where each step goes.
-    steps: Vec<(Level, Level)>,
+    pub(super) steps: Vec<(Level, Level)>,
 }
 
 pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
