@@ -2,6 +2,7 @@
 //! the left operand are windows of the picture, read where they lie. No
 //! unfolded copy of the picture is ever made.
 
+mod doubled;
 #[cfg(target_arch = "x86_64")]
 mod strips;
 
@@ -141,6 +142,9 @@ pub fn conv2d<T: Element>(
     assert!(s.stride > 0, "conv2d: a stride of zero");
     let reads = s.up_h > 0 && s.up_w > 0 && x.is_empty() && w.k() > 0;
     assert!(!reads || s.batch == 0, "conv2d: an empty picture cannot be enlarged");
+    if doubled::applies(&s, epilogue) {
+        return doubled::conv2d(cpu, x, &s, w, epilogue, out);
+    }
     let windows = Windows { x, shape: s };
     let output = Output::new(out, windows.count(), w.n(), Finish::Plain(epilogue));
     multiply(cpu, &windows, w, &output);

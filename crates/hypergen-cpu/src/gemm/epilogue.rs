@@ -17,11 +17,26 @@ pub(crate) enum Finish<'a, T> {
     Geglu(Option<&'a [f32]>),
 }
 
+/// One place of all squares of two by two pixels in pictures of twice the
+/// width and height: a product's row, a pixel of the small pictures, belongs
+/// there in its square.
+#[derive(Clone, Copy)]
+pub(crate) struct Square {
+    /// Width of the small pictures.
+    pub(crate) width: usize,
+    /// The pixel's line in its square: 0 or 1.
+    pub(crate) line: usize,
+    /// The pixel's column in its square: 0 or 1.
+    pub(crate) column: usize,
+}
+
 /// Where outputs go and how they are finished.
 pub(crate) struct Output<'a, T> {
-    /// `[m, n]`.
+    /// `[m, n]`, or `[4 m, n]` where rows go into squares.
     pub(super) start: *mut T,
+    /// Rows that lie there.
     rows: usize,
+    square: Option<Square>,
     /// Columns of the output: of a GEGLU, half of the weight's.
     pub(super) n: usize,
     pub(super) finish: Finish<'a, T>,
@@ -54,7 +69,46 @@ impl<'a, T: Element> Output<'a, T> {
                 }
             }
         }
-        Self { start: out.as_mut_ptr(), rows: m, n, finish }
+        Self { start: out.as_mut_ptr(), rows: m, square: None, n, finish }
+    }
+
+    /// As [`Output::new`] for `m` rows, each of which goes to one place of its
+    /// square in `out`, `[4 m, n]`. The epilogue may not read anything that
+    /// differs from row to row.
+    pub(crate) fn in_squares(
+        out: &mut [T],
+        m: usize,
+        n: usize,
+        finish: Finish<'a, T>,
+        square: Square,
+    ) -> Self {
+        let all = Self::new(out, 4 * m, n, finish);
+        let Finish::Plain(e) = finish else { panic!("a GEGLU has no squares") };
+        assert!(e.group_bias.is_none() && e.residual.is_none(), "an epilogue that reads rows");
+        assert!(m == 0 || m.is_multiple_of(square.width), "pictures have whole lines");
+        assert!(square.line < 2 && square.column < 2, "a square has four places");
+        Self { square: Some(square), ..all }
+    }
+
+    /// The output's row at which a row of the product is stored.
+    #[inline(always)]
+    pub(super) fn stored_row(&self, row: usize) -> usize {
+        match self.square {
+            None => row,
+            Some(s) => {
+                let (line, column) = (row / s.width, row % s.width);
+                (2 * line + s.line) * 2 * s.width + 2 * column + s.column
+            }
+        }
+    }
+
+    /// How far apart these rows are stored, in rows, if always equally far.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn row_step(&self, row: usize, rows: usize) -> Option<usize> {
+        match self.square {
+            None => Some(1),
+            Some(s) => (row % s.width + rows <= s.width).then_some(2),
+        }
     }
 
     /// Panels that become one of the output: two, values and gates, of a GEGLU.
@@ -151,7 +205,7 @@ impl<'a, T: Element> Output<'a, T> {
                         next = (index + 1) * g.rows_per_group;
                         group = read::<S, T, FULL>(g.values.as_ptr().add(index * self.n + col + v), lanes);
                     }
-                    let at = (row + r) * self.n + col + v;
+                    let at = self.stored_row(row + r) * self.n + col + v;
                     let mut x = S::load_f32(tile.add(r * PANEL + v));
                     x = S::add(S::add(x, bias), group);
                     if e.activation != Activation::None {

@@ -56,6 +56,8 @@ pub(super) struct Finisher<'a> {
     gates: *const f32,
     to: *mut bf16,
     residual: *const bf16,
+    /// Values from one row's output to the next one's.
+    pitch: usize,
     /// Bias of the present rows: two vectors, of a GEGLU four.
     bias: [f32; 2 * PANEL],
     /// The sums, and which of their tiles of rows is at hand.
@@ -77,6 +79,7 @@ impl<'a> Finisher<'a> {
             gates: std::ptr::null(),
             to: std::ptr::null_mut(),
             residual: std::ptr::null(),
+            pitch: output.n,
             bias: [0.0; 2 * PANEL],
             sums: Sums { c: [std::ptr::null(); 2], spots: [nowhere; 2], panel: 0 },
             half: 0,
@@ -114,7 +117,8 @@ impl<'a> Finisher<'a> {
     }
 
     fn kind_of(&self, sums: &Sums) -> Kind {
-        if self.output.columns(sums.panel) < PANEL {
+        let even = |spot: &Spot| self.output.row_step(spot.row, spot.rows).is_some();
+        if self.output.columns(sums.panel) < PANEL || !sums.spots.iter().all(even) {
             return Kind::Other;
         }
         match self.output.finish {
@@ -170,7 +174,8 @@ impl<'a> Finisher<'a> {
         self.values = self.sums.c[0].wrapping_add(offset);
         self.gates = self.sums.c[1].wrapping_add(offset);
         let col = self.sums.panel / self.output.unit() * PANEL;
-        let at = spot.row * self.output.n + col;
+        let at = self.output.stored_row(spot.row) * self.output.n + col;
+        self.pitch = self.output.row_step(spot.row, spot.rows).unwrap_or(1) * self.output.n;
         self.to = self.output.start.wrapping_add(at);
         // SAFETY: the panel is whole, and the lengths were checked in `Output::new`.
         unsafe {
@@ -217,7 +222,7 @@ impl<'a> Finisher<'a> {
         let count = self.each.min(self.left);
         let (mut values, mut gates, mut to) = (self.values, self.gates, self.to);
         let mut residual = self.residual;
-        let (bias, n) = (self.bias.as_ptr(), self.output.n);
+        let (bias, n) = (self.bias.as_ptr(), self.pitch);
         // SAFETY: by the contract; rows of sums have 32 values, and the panel is whole.
         unsafe {
             for _ in 0..count {

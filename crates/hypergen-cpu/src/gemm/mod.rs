@@ -23,7 +23,7 @@ pub use packed::PackedMatrix;
 pub use rewrite::{PANEL_OUTPUTS, add_product};
 
 pub(crate) use blocks::copy_run;
-pub(crate) use epilogue::{Finish, Output};
+pub(crate) use epilogue::{Finish, Output, Square};
 
 use half::bf16;
 

@@ -9,6 +9,10 @@
 //!   with zeros to a multiple of 32. Each tile is one kibibyte: an AMX tile as
 //!   `tileloadd` wants it, and sixteen operands of `vdpbf16ps`.
 
+use std::sync::OnceLock;
+
+use crate::simd::slices::{load, store};
+use crate::simd::{Kernel, Simd, run};
 use crate::split::Shared;
 use crate::{AlignedVec, Cpu, Element, ElementKind};
 
@@ -30,6 +34,8 @@ pub struct PackedMatrix<T: Element> {
     geglu: bool,
     panel_len: usize,
     data: AlignedVec<T>,
+    /// What [`PackedMatrix::parts`] keeps.
+    parts: OnceLock<Box<[Self; 4]>>,
 }
 
 impl<T: Element> PackedMatrix<T> {
@@ -83,7 +89,7 @@ impl<T: Element> PackedMatrix<T> {
                 interleave(&rounded[..count * k], k, first, panel);
             }
         });
-        Self { n, k, geglu, panel_len, data }
+        Self { n, k, geglu, panel_len, data, parts: OnceLock::new() }
     }
 
     /// Outputs.
@@ -96,7 +102,8 @@ impl<T: Element> PackedMatrix<T> {
         self.k
     }
 
-    /// Memory that the packed form takes, in bytes.
+    /// Memory that the packed form takes, in bytes, without what is derived
+    /// from it later.
     pub fn bytes(&self) -> usize {
         std::mem::size_of_val(self.data.as_slice())
     }
@@ -123,12 +130,66 @@ impl<T: Element> PackedMatrix<T> {
 
     /// The same shape and layout around other values.
     pub(super) fn with_data(&self, data: AlignedVec<T>) -> Self {
-        Self { data, ..*self }
+        Self { data, parts: OnceLock::new(), ..*self }
+    }
+
+    /// Four matrices that are made of this one when they are first asked for,
+    /// and live as long as it does.
+    pub(crate) fn parts(&self, make: impl FnOnce() -> [Self; 4]) -> &[Self; 4] {
+        self.parts.get_or_init(|| Box::new(make()))
+    }
+
+    /// A matrix whose `k` is made of runs of `len`, a multiple of 32: each the
+    /// sum of some runs of this one, in float32, rounded once.
+    ///
+    /// # Panics
+    /// When a run does not exist.
+    pub(crate) fn with_sums(&self, cpu: &Cpu, len: usize, runs: &[Vec<usize>]) -> Self {
+        assert!(len.is_multiple_of(TILE_K), "a run of {len} is not whole in a panel");
+        let (k, run_len) = (runs.len() * len, len * PANEL);
+        let panel_len = runs.len() * run_len;
+        let mut data = AlignedVec::<T>::zeroed(self.panels() * panel_len);
+        let shared = Shared::new(data.as_mut_slice());
+        cpu.parallel(self.panels(), |p| {
+            let from = self.panel(p);
+            // SAFETY: each task takes its own panel.
+            let panel = unsafe { shared.part(p * panel_len, panel_len) };
+            for (taps, to) in runs.iter().zip(panel.chunks_exact_mut(run_len.max(1))) {
+                run(cpu.isa(), SumRuns { from, taps, to });
+            }
+        });
+        Self { k, panel_len, data, parts: OnceLock::new(), ..*self }
     }
 
     /// The values of one panel.
     pub(crate) fn panel(&self, p: usize) -> &[T] {
         &self.data.as_slice()[p * self.panel_len..][..self.panel_len]
+    }
+}
+
+/// `to = sum(from[i * to.len()..] for i in taps)`.
+struct SumRuns<'a, T> {
+    from: &'a [T],
+    taps: &'a [usize],
+    to: &'a mut [T],
+}
+
+impl<T: Element> Kernel for SumRuns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let len = self.to.len();
+        for (i, to) in self.to.chunks_mut(S::LANES).enumerate() {
+            // SAFETY: the set is there by the contract.
+            unsafe {
+                let mut sum = S::splat(0.0);
+                for tap in self.taps {
+                    sum = S::add(sum, load::<S, T>(&self.from[tap * len..][..len][i * S::LANES..]));
+                }
+                store::<S, T>(to, sum);
+            }
+        }
     }
 }
 
