@@ -26,6 +26,7 @@ use super::amx_weights::{self as weights, Block, Limits};
 use super::pack512::{self as pack, Layout};
 use super::{AttentionShape, Heads, output};
 use crate::Cpu;
+use crate::cache::second_level_bytes;
 use crate::gemm::amx::Tiles;
 use crate::scratch::Scratch;
 use crate::split::Shared;
@@ -65,10 +66,16 @@ pub(super) fn attention(
     let out = Shared::new(out);
     let job = Job { shape: s, layout, q, packed: packed.as_slice(), out: &out, units };
     let blocks = s.q_len.div_ceil(units * QUERIES);
-    cpu.parallel(s.batch * s.heads * blocks, |i| {
-        let (head, block) = (i / blocks, i % blocks);
-        // SAFETY: the caller saw that the machine has AMX, and each block is called once.
-        unsafe { queries(&job, head, block * units * QUERIES) };
+    // Few keys, as those of a prompt, stay near for all heads, so a task takes
+    // all heads of its queries: these lie side by side in the same lines.
+    let few = s.heads * job.layout.head() * 4 <= second_level_bytes() / 4;
+    let heads = if few && s.batch * blocks >= 4 * cpu.threads() { s.heads } else { 1 };
+    cpu.parallel(s.batch * s.heads / heads * blocks, |i| {
+        let (first, block) = (i / blocks * heads, i % blocks);
+        for head in first..first + heads {
+            // SAFETY: the caller saw that the machine has AMX, and each block of each head is called once.
+            unsafe { queries(&job, head, block * units * QUERIES) };
+        }
     });
 }
 

@@ -105,14 +105,19 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
+    /// Nothing to bring.
+    pub(super) const NOTHING: Self = Self { from: std::ptr::null(), lines: 0 };
+
+    /// Asks for some of the lines.
     #[inline(always)]
-    fn bring(self) {
-        for line in 0..self.lines {
+    fn bring(&mut self, lines: usize) {
+        let lines = lines.min(self.lines);
+        for _ in 0..lines {
             // SAFETY: a prefetch touches nothing, wherever it points.
-            unsafe {
-                asm!("prefetcht1 [{}]", in(reg) self.from.wrapping_add(line * 64), options(nostack, readonly));
-            }
+            unsafe { asm!("prefetcht1 [{}]", in(reg) self.from, options(nostack, readonly)) };
+            self.from = self.from.wrapping_add(64);
         }
+        self.lines -= lines;
     }
 }
 
@@ -190,20 +195,20 @@ pub(super) unsafe fn multiply_pair(
             );
         }
         for (i, run) in o.runs.iter().enumerate() {
-            if let Some(ahead) = ahead.get(i) {
-                ahead.bring();
-            }
+            let mut ahead = ahead.get(i).copied().unwrap_or(Ahead::NOTHING);
             // The first step is done.
             let done = usize::from(i == 0);
             let kept = run.steps.min(keep);
-            steps::<true>(o, run, done..kept, between);
-            steps::<false>(o, run, kept.max(done)..run.steps, between);
+            let each = ahead.lines.div_ceil((run.steps - done).max(1));
+            steps::<true>(o, run, done..kept, (&mut ahead, each), between);
+            steps::<false>(o, run, kept.max(done)..run.steps, (&mut ahead, each), between);
         }
     }
 }
 
 /// Multiplies some steps of a run; `KEEP` says whether the rows of A are to
-/// stay in the first-level cache.
+/// stay in the first-level cache. `each` lines are asked for behind each step:
+/// more at once would hold up the loads of the tiles.
 ///
 /// # Safety
 /// As for [`multiply_pair`].
@@ -212,6 +217,7 @@ unsafe fn steps<const KEEP: bool>(
     o: &Operands<'_>,
     run: &Run,
     mut range: std::ops::Range<usize>,
+    (ahead, each): (&mut Ahead, usize),
     between: &mut impl Between,
 ) {
     macro_rules! multiply {
@@ -244,14 +250,17 @@ unsafe fn steps<const KEEP: bool>(
     // SAFETY: the caller's contract. Weights are always loaded past the
     // first-level cache, which then keeps the rows of A for the next panel.
     unsafe {
-        while !between.is_done() && !range.is_empty() {
+        while !range.is_empty() && (ahead.lines > 0 || !between.is_done()) {
             if KEEP {
                 multiply!("tileloadd", 1_usize);
             } else {
                 multiply!("tileloaddt1", 1_usize);
             }
             range.start += 1;
-            between.advance();
+            ahead.bring(each);
+            if !between.is_done() {
+                between.advance();
+            }
         }
         if range.is_empty() {
             return;

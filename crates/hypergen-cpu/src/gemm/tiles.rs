@@ -354,7 +354,7 @@ impl<L: Left> Walk<'_, L> {
                     first: self.chunk == 0,
                 };
                 if together {
-                    let mut ahead = [Ahead { from: std::ptr::null(), lines: 0 }; MAX_RUNS];
+                    let mut ahead = [Ahead::NOTHING; MAX_RUNS];
                     let count = self.ahead(pair, p + i, &mut ahead);
                     multiply_pair(&operands, previous, &ahead[..count], &mut self.finisher);
                     previous = c;
@@ -394,22 +394,20 @@ impl<L: Left> Walk<'_, L> {
     #[inline(always)]
     fn ahead(&self, pair: usize, p: usize, ahead: &mut [Ahead; MAX_RUNS]) -> usize {
         let (pairs, panels) = (self.spots.len().div_ceil(2), self.block.panels.len());
-        match self.block.a.order() {
-            // The processor's own prefetching does as well here.
-            Order::RowsOuter => 0,
-            Order::PanelsOuter => {
-                if p + 1 >= panels {
-                    return 0;
-                }
-                let next = self.block.w.panel(self.block.panels.start + p + 1).as_ptr().cast::<u8>();
-                for (run, ahead) in self.runs.iter().zip(ahead.iter_mut()) {
-                    let lines = run.steps * LINES;
-                    let share = lines * pair / pairs..lines * (pair + 1) / pairs;
-                    *ahead = Ahead { from: next.wrapping_add(run.b + share.start * 64), lines: share.len() };
-                }
-                self.runs.len()
-            }
+        let next = match self.block.a.order() {
+            Order::RowsOuter => p + self.group,
+            Order::PanelsOuter => p + 1,
+        };
+        if next >= panels {
+            return 0;
         }
+        let next = self.block.w.panel(self.block.panels.start + next).as_ptr().cast::<u8>();
+        for (run, ahead) in self.runs.iter().zip(ahead.iter_mut()) {
+            let lines = run.steps * LINES;
+            let share = lines * pair / pairs..lines * (pair + 1) / pairs;
+            *ahead = Ahead { from: next.wrapping_add(run.b + share.start * 64), lines: share.len() };
+        }
+        self.runs.len()
     }
 }
 
