@@ -53,7 +53,8 @@ pub(super) fn conv2d<T: Element>(
             ..*s
         };
         let square = Square { width: s.in_w, line, column };
-        let output = Output::in_squares(out, s.batch * s.in_h * s.in_w, w.n(), Finish::Plain(epilogue), square);
+        let output =
+            Output::in_squares(out, s.batch * s.in_h * s.in_w, w.n(), Finish::Plain(epilogue), square);
         multiply(cpu, &Windows { x, shape }, w, &output);
     }
 }

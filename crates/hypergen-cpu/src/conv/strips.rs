@@ -25,10 +25,18 @@ const STEP_K: usize = 32;
 const STEP_BYTES: usize = 2048;
 /// Rows of a tile.
 const TILE_ROWS: usize = 16;
-/// Channels of a chunk at most, in steps: with a 3x3 window 3456 values of
-/// `k`, so that carrying accumulators from chunk to chunk costs little, and a
-/// few lines of a picture fit into a quarter of the second-level cache.
-const CHUNK_STEPS: usize = 12;
+
+/// Channels of a chunk at most, in steps, by measurement. Accumulators are
+/// carried from chunk to chunk, which is dear where pictures are large; where
+/// there are a thousand channels and more, pictures are small, and shorter
+/// chunks let weights arrive before they are needed.
+fn chunk_steps(steps: usize, taps: usize) -> usize {
+    match (steps, taps) {
+        (40.., _) => 12,
+        (_, ..=4) => 20,
+        _ => 16,
+    }
+}
 
 /// A picture laid out strip by strip.
 pub(super) struct Strips<'a> {
@@ -51,7 +59,7 @@ impl<'a> Strips<'a> {
         }
         let steps = shape.in_c / STEP_K;
         let within_lines = shape.out_w.is_multiple_of(TILE_ROWS);
-        Some(Self { x, shape, within_lines, steps, chunks: steps.div_ceil(CHUNK_STEPS) })
+        Some(Self { x, shape, within_lines, steps, chunks: steps.div_ceil(chunk_steps(steps, taps)) })
     }
 
     /// Values from one pixel of a strip to the next: the longest chunk.
