@@ -11,6 +11,8 @@
 
 use std::sync::OnceLock;
 
+use half::bf16;
+
 use crate::simd::slices::{load, store};
 use crate::simd::{Kernel, Simd, run};
 use crate::split::Shared;
@@ -75,18 +77,16 @@ impl<T: Element> PackedMatrix<T> {
         cpu.parallel(panels, |p| {
             // SAFETY: each task takes its own panel.
             let panel = unsafe { shared.part(p * panel_len, panel_len) };
-            let mut values = vec![0.0; k];
-            let mut rounded = vec![T::default(); GROUP * k];
+            let mut values = vec![0.0; GROUP * k];
             let rows = rows_of(p);
             for first in (0..rows.len()).step_by(GROUP) {
                 let count = GROUP.min(rows.len() - first);
-                for (i, to) in (0..count).zip(rounded.chunks_exact_mut(k.max(1))) {
-                    row(rows.start + first + i, &mut values);
-                    for (to, &from) in to.iter_mut().zip(&values) {
-                        *to = T::from_f32(from);
-                    }
+                for (i, to) in (0..count).zip(values.chunks_exact_mut(k.max(1))) {
+                    row(rows.start + first + i, to);
                 }
-                interleave(&rounded[..count * k], k, first, panel);
+                if k > 0 {
+                    run(cpu.isa(), Interleave { rows: &values[..count * k], k, first, panel: &mut *panel });
+                }
             }
         });
         Self { n, k, geglu, panel_len, data, parts: OnceLock::new() }
@@ -205,32 +205,50 @@ fn geglu_outputs(n: usize, p: usize) -> std::ops::Range<usize> {
     first + shift..h.min(first + PANEL) + shift
 }
 
-/// Rows that are rounded before they are spread over a panel: the width of a
+/// Rows that are rounded and spread over a panel together: the width of a
 /// tile, so that a tile is written from end to end.
 const GROUP: usize = 16;
 
-/// Spreads up to [`GROUP`] rows of `k` values, columns `first..` of a panel.
-fn interleave<T: Element>(rows: &[T], k: usize, first: usize, panel: &mut [T]) {
-    if k == 0 {
-        return;
-    }
-    let count = rows.len() / k;
-    match T::KIND {
-        ElementKind::F32 => {
-            for (i, to) in panel.chunks_exact_mut(PANEL).enumerate() {
-                for (j, to) in to[first..first + count].iter_mut().enumerate() {
-                    *to = rows[j * k + i];
+/// Rounds up to [`GROUP`] rows of `k` values and spreads them over columns
+/// `first..` of a panel.
+struct Interleave<'a, T> {
+    rows: &'a [f32],
+    k: usize,
+    first: usize,
+    panel: &'a mut [T],
+}
+
+impl<T: Element> Kernel for Interleave<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { rows, k, first, panel } = self;
+        match T::KIND {
+            ElementKind::F32 => {
+                for (i, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+                    for (to, row) in to[first..].iter_mut().zip(rows.chunks_exact(k)) {
+                        *to = T::from_f32(row[i]);
+                    }
                 }
             }
-        }
-        ElementKind::Bf16 => {
-            let tile = first / 16;
-            for (step, to) in panel.chunks_exact_mut(STEP).enumerate() {
-                for (pair, to) in to[tile * TILE..][..TILE].chunks_exact_mut(32).enumerate() {
-                    let i = step * TILE_K + pair * 2;
-                    for (j, to) in to.chunks_exact_mut(2).take(count).enumerate() {
-                        for (to, i) in to.iter_mut().zip(i..k) {
-                            *to = rows[j * k + i];
+            ElementKind::Bf16 => {
+                for (step, to) in panel.chunks_exact_mut(STEP).enumerate() {
+                    let k0 = step * TILE_K;
+                    let tile = &mut to[first / GROUP * TILE..][..TILE];
+                    for (column, row) in rows.chunks_exact(k).enumerate() {
+                        let mut values = [0.0; TILE_K];
+                        let len = TILE_K.min(k - k0);
+                        values[..len].copy_from_slice(&row[k0..k0 + len]);
+                        // Words of two values each: the compiler makes vectors of that,
+                        // which it does not where it sees single halves.
+                        let mut words = [0_u32; TILE_K / 2];
+                        for (word, pair) in words.iter_mut().zip(values.chunks_exact(2)) {
+                            *word = rounded(pair[0]) >> 16 | rounded(pair[1]) & 0xffff_0000;
+                        }
+                        for (pair, word) in tile.chunks_exact_mut(2 * GROUP).zip(words) {
+                            pair[2 * column] = of_bits(word as u16);
+                            pair[2 * column + 1] = of_bits((word >> 16) as u16);
                         }
                     }
                 }
@@ -239,11 +257,26 @@ fn interleave<T: Element>(rows: &[T], k: usize, first: usize, panel: &mut [T]) {
     }
 }
 
+/// A float's bits with the bfloat16 that it rounds to in the upper half:
+/// nearest, ties to even, as [`Element::from_f32`] does it.
+#[inline(always)]
+pub(super) fn rounded(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { up }
+}
+
+/// The element of these bits; only asked for bfloat16.
+#[inline(always)]
+pub(super) fn of_bits<T: Element>(bits: u16) -> T {
+    // Exact: every bfloat16 is a float32 of its own bits.
+    T::from_bf16(bf16::from_bits(bits))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::CpuConfig;
-    use half::bf16;
 
     fn cpu() -> Cpu {
         Cpu::new(&CpuConfig { threads: Some(2), isa: None }).unwrap()

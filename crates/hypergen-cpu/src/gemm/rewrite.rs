@@ -8,9 +8,7 @@
 
 use std::ops::Range;
 
-use half::bf16;
-
-use super::packed::{PANEL, PackedMatrix, TILE_K};
+use super::packed::{PANEL, PackedMatrix, TILE_K, of_bits, rounded};
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, run};
 use crate::split::Shared;
@@ -210,25 +208,10 @@ impl<T: Element> Kernel for Narrow<'_, T> {
     }
 }
 
-/// A float's bits with the bfloat16 that it rounds to in the upper half:
-/// nearest, ties to even, as [`Element::from_f32`] does it.
-#[inline(always)]
-fn rounded(value: f32) -> u32 {
-    let bits = value.to_bits();
-    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { up }
-}
-
-/// The element of these bits; only asked for bfloat16.
-#[inline(always)]
-fn of_bits<T: Element>(bits: u16) -> T {
-    // Exact: every bfloat16 is a float32 of its own bits.
-    T::from_bf16(bf16::from_bits(bits))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::bf16;
     use crate::testing::{Values, every_cpu};
 
     /// Packs, rewrites without a change, and looks whether all bits are there.
