@@ -177,6 +177,21 @@ fn many_channels_match_the_oracle() {
     check_both(same(2, 3, 8, 640, 3), 33);
 }
 
+/// From 32x32 on float32 goes by Winograd's minimal filtering.
+#[test]
+fn large_pictures_match_the_oracle() {
+    for (shape, n) in [
+        (same(2, 32, 32, 32, 3), 32),
+        (same(1, 33, 35, 41, 3), 50),
+        (same(1, 8, 129, 32, 3), 33),
+        (same(1, 32, 40, 300, 3), 140),
+        (same(1, 1024, 1, 32, 3), 32),
+    ] {
+        check::<f32>(shape, n, false);
+    }
+    check::<f32>(same(2, 32, 33, 36, 3), 40, true);
+}
+
 #[test]
 fn nothing_in_gives_nothing_out() {
     check_both(same(0, 4, 4, 32, 3), 8);
@@ -223,6 +238,7 @@ fn bytes_do_not_depend_on_batch_or_threads() {
         (up(2, (4, 8), (8, 16), 32), 35),
         (up(2, (5, 16), (10, 32), 64), 64),
         (same(2, 8, 16, 352, 3), 32),
+        (same(3, 33, 32, 33, 3), 35),
     ] {
         check_invariance::<f32>(shape, n);
         check_invariance::<bf16>(shape, n);

@@ -69,7 +69,7 @@ fn part_of<T: Element>(
     let mut sums = Vec::with_capacity(4);
     for lines in TAPS[line] {
         for columns in TAPS[column] {
-            let taps = lines.iter().flat_map(|i| columns.iter().map(move |j| i * 3 + j));
+            let taps = lines.iter().flat_map(|i| columns.iter().map(move |j| (i * 3 + j, 1.0)));
             sums.push(taps.collect::<Vec<_>>());
         }
     }

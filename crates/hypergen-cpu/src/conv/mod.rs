@@ -5,6 +5,7 @@
 mod doubled;
 #[cfg(target_arch = "x86_64")]
 mod strips;
+mod winograd;
 
 use half::bf16;
 
@@ -144,6 +145,9 @@ pub fn conv2d<T: Element>(
     assert!(!reads || s.batch == 0, "conv2d: an empty picture cannot be enlarged");
     if doubled::applies(&s, epilogue) {
         return doubled::conv2d(cpu, x, &s, w, epilogue, out);
+    }
+    if winograd::applies::<T>(&s, w.n()) {
+        return winograd::conv2d(cpu, x, &s, w, epilogue, out);
     }
     let windows = Windows { x, shape: s };
     let output = Output::new(out, windows.count(), w.n(), Finish::Plain(epilogue));

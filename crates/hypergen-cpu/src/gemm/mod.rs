@@ -17,13 +17,14 @@ mod portable;
 mod rewrite;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
-mod vector;
+pub(crate) mod vector;
 
 pub use packed::PackedMatrix;
 pub use rewrite::{PANEL_OUTPUTS, add_product};
 
 pub(crate) use blocks::copy_run;
 pub(crate) use epilogue::{Finish, Output, Square};
+pub(crate) use packed::PANEL;
 
 use half::bf16;
 

@@ -36,8 +36,20 @@ pub struct PackedMatrix<T: Element> {
     geglu: bool,
     panel_len: usize,
     data: AlignedVec<T>,
-    /// What [`PackedMatrix::parts`] keeps.
-    parts: OnceLock<Box<[Self; 4]>>,
+    /// What is made of it for convolutions when it is first needed.
+    derived: Derived<T>,
+}
+
+/// See [`PackedMatrix::parts`] and [`PackedMatrix::winograd`].
+struct Derived<T: Element> {
+    parts: OnceLock<Box<[PackedMatrix<T>; 4]>>,
+    winograd: OnceLock<Box<PackedMatrix<T>>>,
+}
+
+impl<T: Element> Derived<T> {
+    fn nothing() -> Self {
+        Self { parts: OnceLock::new(), winograd: OnceLock::new() }
+    }
 }
 
 impl<T: Element> PackedMatrix<T> {
@@ -89,7 +101,7 @@ impl<T: Element> PackedMatrix<T> {
                 }
             }
         });
-        Self { n, k, geglu, panel_len, data, parts: OnceLock::new() }
+        Self { n, k, geglu, panel_len, data, derived: Derived::nothing() }
     }
 
     /// Outputs.
@@ -130,22 +142,29 @@ impl<T: Element> PackedMatrix<T> {
 
     /// The same shape and layout around other values.
     pub(super) fn with_data(&self, data: AlignedVec<T>) -> Self {
-        Self { data, parts: OnceLock::new(), ..*self }
+        Self { data, derived: Derived::nothing(), ..*self }
     }
 
     /// Four matrices that are made of this one when they are first asked for,
     /// and live as long as it does.
     pub(crate) fn parts(&self, make: impl FnOnce() -> [Self; 4]) -> &[Self; 4] {
-        self.parts.get_or_init(|| Box::new(make()))
+        self.derived.parts.get_or_init(|| Box::new(make()))
     }
 
-    /// A matrix whose `k` is made of runs of `len`, a multiple of 32: each the
-    /// sum of some runs of this one, in float32, rounded once.
+    /// The same for the matrix of Winograd's transformed weights.
+    pub(crate) fn winograd(&self, make: impl FnOnce() -> Self) -> &Self {
+        self.derived.winograd.get_or_init(|| Box::new(make()))
+    }
+
+    /// A matrix whose `k` is made of runs of `len`, in bfloat16 a multiple of
+    /// 32: each the sum of some runs of this one, times their factors, in
+    /// float32, rounded once.
     ///
     /// # Panics
     /// When a run does not exist.
-    pub(crate) fn with_sums(&self, cpu: &Cpu, len: usize, runs: &[Vec<usize>]) -> Self {
-        assert!(len.is_multiple_of(TILE_K), "a run of {len} is not whole in a panel");
+    pub(crate) fn with_sums(&self, cpu: &Cpu, len: usize, runs: &[Vec<(usize, f32)>]) -> Self {
+        let whole = T::KIND == ElementKind::F32 || len.is_multiple_of(TILE_K);
+        assert!(whole, "a run of {len} is not whole in a panel");
         let (k, run_len) = (runs.len() * len, len * PANEL);
         let panel_len = runs.len() * run_len;
         let mut data = AlignedVec::<T>::zeroed(self.panels() * panel_len);
@@ -158,7 +177,7 @@ impl<T: Element> PackedMatrix<T> {
                 run(cpu.isa(), SumRuns { from, taps, to });
             }
         });
-        Self { k, panel_len, data, parts: OnceLock::new(), ..*self }
+        Self { k, panel_len, data, derived: Derived::nothing(), ..*self }
     }
 
     /// The values of one panel.
@@ -167,10 +186,10 @@ impl<T: Element> PackedMatrix<T> {
     }
 }
 
-/// `to = sum(from[i * to.len()..] for i in taps)`.
+/// `to = sum(factor * from[i * to.len()..] for (i, factor) in taps)`.
 struct SumRuns<'a, T> {
     from: &'a [T],
-    taps: &'a [usize],
+    taps: &'a [(usize, f32)],
     to: &'a mut [T],
 }
 
@@ -184,8 +203,9 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
             // SAFETY: the set is there by the contract.
             unsafe {
                 let mut sum = S::splat(0.0);
-                for tap in self.taps {
-                    sum = S::add(sum, load::<S, T>(&self.from[tap * len..][..len][i * S::LANES..]));
+                for &(tap, factor) in self.taps {
+                    let values = load::<S, T>(&self.from[tap * len..][..len][i * S::LANES..]);
+                    sum = S::mul_add(S::splat(factor), values, sum);
                 }
                 store::<S, T>(to, sum);
             }

@@ -211,8 +211,8 @@ impl<T: Element> Kernel for Narrow<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
     use crate::testing::{Values, every_cpu};
+    use half::bf16;
 
     /// Packs, rewrites without a change, and looks whether all bits are there.
     fn unchanged<T: Element>(geglu: bool) {

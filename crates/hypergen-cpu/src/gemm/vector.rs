@@ -33,25 +33,25 @@ pub(crate) trait Registers: Simd {
 /// Bytes from one row of a packed block of A to the next: constant, so that
 /// all rows are reached from one register, and short enough that a tile of
 /// rows stays in the first-level cache.
-pub(super) const ROW_BYTES: usize = 1024;
+pub(crate) const ROW_BYTES: usize = 1024;
 
 /// One call's operands.
 #[derive(Clone, Copy)]
-pub(super) struct Operands<A, B> {
+pub(crate) struct Operands<A, B> {
     /// `[rows]`, [`ROW_BYTES`] apart.
-    pub(super) a: *const A,
+    pub(crate) a: *const A,
     /// The panel, from the first `k` of this block on.
-    pub(super) b: *const B,
+    pub(crate) b: *const B,
     /// Values of `k` in this block.
-    pub(super) k: usize,
+    pub(crate) k: usize,
     /// `[rows][32]` accumulators.
-    pub(super) c: *mut f32,
+    pub(crate) c: *mut f32,
     /// Whether the accumulators start from zero.
-    pub(super) first: bool,
+    pub(crate) first: bool,
 }
 
 /// A microkernel for up to [`Registers::ROWS`] rows.
-pub(super) trait Microkernel<S: Registers> {
+pub(crate) trait Microkernel<S: Registers> {
     /// The element type of packed A.
     type A: crate::Element;
     /// The element type of the weights.
@@ -74,7 +74,7 @@ pub(super) trait Microkernel<S: Registers> {
 /// # Safety
 /// As for [`Microkernel::multiply`].
 #[inline(always)]
-pub(super) unsafe fn tile<S: Registers, M: Microkernel<S>>(rows: usize, operands: &Operands<M::A, M::B>) {
+pub(crate) unsafe fn tile<S: Registers, M: Microkernel<S>>(rows: usize, operands: &Operands<M::A, M::B>) {
     // Fewer sizes than rows: a row too many costs less than the code for each
     // number. What it computes is never looked at.
     // SAFETY: the caller's contract.
@@ -116,7 +116,7 @@ unsafe fn tile_of<S: Registers, M: Microkernel<S>, const R: usize>(operands: &Op
 }
 
 /// Float32 throughout.
-pub(super) struct Float;
+pub(crate) struct Float;
 
 impl<S: Registers> Microkernel<S> for Float {
     type A = f32;

@@ -1,0 +1,297 @@
+//! Winograd's minimal filtering for 3x3 windows in float32, F(2x2, 3x3) of
+//! Lavin and Gray (2015, arXiv 1509.09308): four outputs from 16 products for
+//! each channel instead of 36. Squares of 4x4 inputs are transformed, as are
+//! the weights; in between are 16 matrix products, one for each place of a
+//! square, by the microkernel that all of float32 uses.
+//!
+//! It is for vectors, where multiply-adds are the limit, and for float32, whose
+//! digits suffice: errors are those of the plain sum. Transformed weights are
+//! sixteen ninths as large and lie beside the others, made when a picture first
+//! needs them. So it deliberately leaves small pictures and large weights
+//! alone: there the memory would be more than the arithmetic is worth.
+
+use std::ops::Range;
+
+use super::ConvShape;
+use crate::gemm::vector::{Float, Operands, ROW_BYTES, Registers, tile};
+use crate::gemm::{Epilogue, Finish, Output, PANEL, PackedMatrix};
+use crate::scratch::with_scratch;
+use crate::simd::portable::Portable;
+use crate::{Cpu, Element, ElementKind, Isa};
+
+/// Places of a square.
+const PLACES: usize = 16;
+/// Values from one square's transformed channels to the next one's.
+const PITCH: usize = ROW_BYTES / 4;
+/// Squares of a block at most: with a chunk of 256 channels 0.9 MB.
+const SQUARES: usize = 56;
+/// Panels of a block at most, whose sums take 0.5 MB beside that.
+const PANELS: usize = 4;
+/// Pixels of a picture from which on this is worth the memory. It must not
+/// depend on the batch: bytes would, too.
+const LEAST_PIXELS: usize = 32 * 32;
+
+/// Weights of an input and an output channel, at most: 80 MiB transformed.
+const MOST_WEIGHTS: usize = 80 << 20 >> 6;
+
+/// Transforms three taps to four places: `G` of the paper.
+const TAPS: [[f32; 3]; 4] = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]];
+
+/// Whether [`conv2d`] computes this.
+pub(super) fn applies<T: Element>(s: &ConvShape, n: usize) -> bool {
+    let window = (s.kernel_h, s.kernel_w, s.stride, s.pad_top, s.pad_left) == (3, 3, 1, 1, 1);
+    let same = (s.in_h, s.in_w) == (s.up_h, s.up_w) && (s.in_h, s.in_w) == (s.out_h, s.out_w);
+    let large = s.in_h * s.in_w >= LEAST_PIXELS && s.in_c >= PANEL && n >= PANEL;
+    T::KIND == ElementKind::F32 && window && same && large && s.in_c * n <= MOST_WEIGHTS
+}
+
+/// As [`super::conv2d`], for what [`applies`]; lengths are checked there.
+pub(super) fn conv2d<T: Element>(
+    cpu: &Cpu,
+    x: &[T],
+    s: &ConvShape,
+    w: &PackedMatrix<T>,
+    epilogue: &Epilogue<'_, T>,
+    out: &mut [T],
+) {
+    let output = Output::new(out, s.batch * s.in_h * s.in_w, w.n(), Finish::Plain(epilogue));
+    let w = w.winograd(|| w.with_sums(cpu, s.in_c, &combinations()));
+    let columns = s.in_w.div_ceil(2);
+    let squares = s.batch * s.in_h.div_ceil(2) * columns;
+    let each = squares.div_ceil(squares.div_ceil(SQUARES).max(4 * cpu.threads())).clamp(1, SQUARES);
+    let (blocks, groups) = (squares.div_ceil(each), w.panels().div_ceil(PANELS));
+    cpu.parallel(blocks * groups, |i| {
+        let (block, group) = (i % blocks, i / blocks);
+        let block = Block {
+            x,
+            shape: s,
+            w,
+            output: &output,
+            squares: block * each..squares.min((block + 1) * each),
+            panels: group * PANELS..w.panels().min((group + 1) * PANELS),
+        };
+        with_scratch(PLACES * SQUARES * (PITCH + PANELS * PANEL) + 4 * SQUARES * PANEL, |scratch| {
+            // SAFETY: `Cpu` only names sets that the machine has; scratch is
+            // long enough; blocks do not overlap.
+            unsafe {
+                match cpu.isa() {
+                    Isa::Portable => block.run::<Portable>(scratch),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => x86::avx2(&block, scratch),
+                    #[cfg(target_arch = "x86_64")]
+                    _ => x86::avx512(&block, scratch),
+                    #[cfg(not(target_arch = "x86_64"))]
+                    _ => block.run::<Portable>(scratch),
+                }
+            }
+        });
+    });
+}
+
+/// For each place of a square, the taps that it sums and their factors.
+fn combinations() -> Vec<Vec<(usize, f32)>> {
+    let place = |i: usize, j: usize| {
+        let factor = |tap: usize| TAPS[i][tap / 3] * TAPS[j][tap % 3];
+        (0..9).map(|tap| (tap, factor(tap))).filter(|(_, f)| *f != 0.0).collect()
+    };
+    (0..PLACES).map(|p| place(p / 4, p % 4)).collect()
+}
+
+/// Some squares and some panels, computed by one thread.
+struct Block<'a, T: Element> {
+    x: &'a [T],
+    shape: &'a ConvShape,
+    /// `[16][in_c]` in place of taps.
+    w: &'a PackedMatrix<T>,
+    output: &'a Output<'a, T>,
+    squares: Range<usize>,
+    panels: Range<usize>,
+}
+
+impl<T: Element> Block<'_, T> {
+    /// # Safety
+    /// The machine has the set of `S`; `scratch` is as long as asked for;
+    /// nobody else writes these outputs.
+    #[inline(always)]
+    unsafe fn run<S: Registers>(&self, scratch: &mut [f32]) {
+        let (inputs, rest) = scratch.split_at_mut(PLACES * SQUARES * PITCH);
+        let (sums, lines) = rest.split_at_mut(PLACES * SQUARES * PANELS * PANEL);
+        let count = self.squares.len();
+        let in_c = self.shape.in_c;
+        let chunks = in_c.div_ceil(PITCH);
+        // SAFETY: the caller's contract, and the bounds of the loops.
+        unsafe {
+            for chunk in 0..chunks {
+                let channels = chunk * in_c / chunks..(chunk + 1) * in_c / chunks;
+                for (i, square) in self.squares.clone().enumerate() {
+                    self.transform::<S>(square, channels.clone(), inputs.as_mut_ptr().add(i * PITCH));
+                }
+                for (p, panel) in self.panels.clone().enumerate() {
+                    for place in 0..PLACES {
+                        let b = self.w.panel(panel).as_ptr().cast::<f32>();
+                        let b = b.add((place * in_c + channels.start) * PANEL);
+                        for first in (0..count).step_by(S::ROWS) {
+                            let row = place * SQUARES + first;
+                            let a = inputs.as_ptr().add(row * PITCH);
+                            let c = sums.as_mut_ptr().add((p * PLACES * SQUARES + row) * PANEL);
+                            let rows = S::ROWS.min(count - first);
+                            let (k, first) = (channels.len(), chunk == 0);
+                            tile::<S, Float>(rows, &Operands { a, b, k, c, first });
+                        }
+                    }
+                }
+            }
+            for (p, panel) in self.panels.clone().enumerate() {
+                let sums = sums.as_ptr().add(p * PLACES * SQUARES * PANEL);
+                self.finish::<S>(sums, panel, lines);
+            }
+        }
+    }
+
+    /// Picture, line and column of a square.
+    fn place(&self, square: usize) -> (usize, usize, usize) {
+        let (lines, columns) = (self.shape.in_h.div_ceil(2), self.shape.in_w.div_ceil(2));
+        (square / columns / lines, square / columns % lines, square % columns)
+    }
+
+    /// Writes some channels of a transformed square, places [`SQUARES`] rows apart.
+    ///
+    /// # Safety
+    /// As for `run`; `to` is the square's row of the first place.
+    #[inline(always)]
+    unsafe fn transform<S: Registers>(&self, square: usize, channels: Range<usize>, to: *mut f32) {
+        let s = self.shape;
+        let (picture, line, column) = self.place(square);
+        let mut pixels = [std::ptr::null::<T>(); PLACES];
+        for (i, pixel) in pixels.iter_mut().enumerate() {
+            let (y, x) = (2 * line + i / 4, 2 * column + i % 4);
+            if (1..=s.in_h).contains(&y) && (1..=s.in_w).contains(&x) {
+                let at = (picture * s.in_h + y - 1) * s.in_w + x - 1;
+                *pixel = self.x[at * s.in_c + channels.start..].as_ptr();
+            }
+        }
+        // SAFETY: pixels have `channels.len()` values, as have rows of `to`.
+        unsafe {
+            for c in (0..channels.len()).step_by(S::LANES) {
+                let lanes = S::LANES.min(channels.len() - c);
+                let mut d = [S::splat(0.0); PLACES];
+                for (d, pixel) in d.iter_mut().zip(pixels) {
+                    if !pixel.is_null() {
+                        let from = pixel.add(c);
+                        *d = if lanes == S::LANES { S::load(from) } else { S::load_part(from, lanes) };
+                    }
+                }
+                for j in 0..4 {
+                    transform_four::<S>(&mut d, [j, 4 + j, 8 + j, 12 + j]);
+                }
+                for i in 0..4 {
+                    transform_four::<S>(&mut d, [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]);
+                }
+                for (place, d) in d.into_iter().enumerate() {
+                    let to = to.add(place * SQUARES * PITCH + c);
+                    if lanes == S::LANES {
+                        S::store_f32(to, d);
+                    } else {
+                        S::store_part(to, d, lanes);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes outputs of a panel's sums, `[16][SQUARES][32]`. `lines` is room
+    /// for two lines of outputs.
+    ///
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    unsafe fn finish<S: Registers>(&self, sums: *const f32, panel: usize, lines: &mut [f32]) {
+        let s = self.shape;
+        let lines = lines.as_mut_ptr();
+        let mut done = 0;
+        while done < self.squares.len() {
+            let (picture, line, column) = self.place(self.squares.start + done);
+            let count = (s.in_w.div_ceil(2) - column).min(self.squares.len() - done);
+            // SAFETY: the caller's contract; two lines of `2 * count` rows fit.
+            unsafe {
+                for i in 0..count {
+                    outputs_of_square::<S>(sums.add((done + i) * PANEL), lines.add(2 * i * PANEL));
+                }
+                for half in 0..2.min(s.in_h - 2 * line) {
+                    let row = (picture * s.in_h + 2 * line + half) * s.in_w + 2 * column;
+                    let rows = (2 * count).min(s.in_w - 2 * column);
+                    let from = lines.add(half * 2 * SQUARES * PANEL);
+                    self.output.tile::<S>(from, std::ptr::null(), row, rows, panel);
+                }
+            }
+            done += count;
+        }
+    }
+}
+
+/// The four outputs of a square, for all columns of a panel: two rows at `to`,
+/// and two [`SQUARES`] pairs of rows further on.
+///
+/// # Safety
+/// The machine has the set of `S`; the sums are there, and `to` has room.
+#[inline(always)]
+unsafe fn outputs_of_square<S: Registers>(sums: *const f32, to: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for column in (0..PANEL).step_by(S::LANES) {
+            let at = |place: usize| S::load_f32(sums.add(place * SQUARES * PANEL + column));
+            // Over the lines of the square, then over its columns.
+            let mut lines = [[S::splat(0.0); 4]; 2];
+            for j in 0..4 {
+                let [a, b, c, d] = [at(j), at(4 + j), at(8 + j), at(12 + j)];
+                lines[0][j] = S::add(S::add(a, b), c);
+                lines[1][j] = S::sub(S::sub(b, c), d);
+            }
+            for (i, [a, b, c, d]) in lines.into_iter().enumerate() {
+                let to = to.add(i * 2 * SQUARES * PANEL + column);
+                S::store_f32(to, S::add(S::add(a, b), c));
+                S::store_f32(to.add(PANEL), S::sub(S::sub(b, c), d));
+            }
+        }
+    }
+}
+
+/// Four values of a line or column of a square, transformed in place.
+///
+/// # Safety
+/// The machine has the set of `S`.
+#[inline(always)]
+unsafe fn transform_four<S: Registers>(d: &mut [S::V; PLACES], at: [usize; 4]) {
+    let [a, b, c, e] = at.map(|i| d[i]);
+    // SAFETY: the caller's contract.
+    unsafe {
+        d[at[0]] = S::sub(a, c);
+        d[at[1]] = S::add(b, c);
+        d[at[2]] = S::sub(c, b);
+        d[at[3]] = S::sub(b, e);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Block;
+    use crate::Element;
+    use crate::simd::avx2::Avx2;
+    use crate::simd::avx512::Avx512;
+
+    /// # Safety
+    /// As for [`Block::run`], and the machine has AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2<T: Element>(block: &Block<'_, T>, scratch: &mut [f32]) {
+        // SAFETY: by this function's contract.
+        unsafe { block.run::<Avx2>(scratch) }
+    }
+
+    /// # Safety
+    /// As for [`Block::run`], and the machine has AVX-512 F, BW, VL and DQ.
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
+    pub(super) unsafe fn avx512<T: Element>(block: &Block<'_, T>, scratch: &mut [f32]) {
+        // SAFETY: by this function's contract.
+        unsafe { block.run::<Avx512<false>>(scratch) }
+    }
+}
