@@ -25,12 +25,12 @@ from fixture import distance, psnr
 
 PROMPT = "a red fox in the snow, oil painting"
 NEGATIVE = "blurry, low quality"
-SEED = 7
+DEFAULT_SEED = 7
 DTYPES = ["float32", "bfloat16"]
 OURS = ROOT / "target/release/examples/latents"
 
 
-def reference(family: Family, folder: Path, size: int, dtype: str, out: Path) -> None:
+def reference(family: Family, folder: Path, size: int, seed: int, dtype: str, out: Path) -> None:
     """diffusers' latents and picture, in this process."""
     import diffusers
 
@@ -49,7 +49,7 @@ def reference(family: Family, folder: Path, size: int, dtype: str, out: Path) ->
             height=size,
             num_inference_steps=family.steps,
             guidance_scale=family.guidance_scale,
-            generator=torch.Generator().manual_seed(SEED),
+            generator=torch.Generator().manual_seed(seed),
             output_type="latent",
             **arguments,
         ).images
@@ -59,7 +59,7 @@ def reference(family: Family, folder: Path, size: int, dtype: str, out: Path) ->
     np.savez(out, latents=latents[0].double().numpy(), picture=np.round(pixels * 255).astype(np.uint8), spread=pixels.std())
 
 
-def ours(family: Family, folder: Path, size: int, dtype: str, out: Path) -> dict:
+def ours(family: Family, folder: Path, size: int, seed: int, dtype: str, out: Path) -> dict:
     """HyperGen's, with what it took."""
     request = {
         "prompt": PROMPT,
@@ -67,7 +67,7 @@ def ours(family: Family, folder: Path, size: int, dtype: str, out: Path) -> dict
         "size": f"{size}x{size}",
         "steps": family.steps,
         "guidance_scale": family.guidance_scale,
-        "seed": SEED,
+        "seed": seed,
         "dtype": dtype,
     }
     told = subprocess.run([OURS, folder, json.dumps(request), out], check=True, capture_output=True, text=True)
@@ -87,11 +87,11 @@ def apart(a, b) -> dict:
     }
 
 
-def single_file(family: Family, scratch: Path, size: int) -> dict:
+def single_file(family: Family, scratch: Path, size: int, seed: int) -> dict:
     """The same weights in the original key layout: how far their drawing is from the folder's, which was drawn before."""
     path = scratch / f"{family.name}.safetensors"
     single.write(family, scratch / family.name, path)
-    drawn = ours(family, path, size, "float32", scratch / f"{family.name}-single")
+    drawn = ours(family, path, size, seed, "float32", scratch / f"{family.name}-single")
     path.unlink()
     folder = scratch / f"{family.name}-float32"
     same = [Path(f"{folder}.{kind}").read_bytes() == Path(f"{scratch / family.name}-single.{kind}").read_bytes() for kind in ("latents", "picture")]
@@ -99,19 +99,19 @@ def single_file(family: Family, scratch: Path, size: int) -> dict:
         return {"equals_folder": all(same), **apart(drawn, reference_drawn)}
 
 
-def compare(family: Family, scratch: Path, size: int, with_single_file: bool) -> dict:
-    row = {"family": family.name, "size": f"{size}x{size}", "steps": family.steps, "guidance_scale": family.guidance_scale}
+def compare(family: Family, scratch: Path, size: int, seed: int, with_single_file: bool) -> dict:
+    row = {"family": family.name, "size": f"{size}x{size}", "seed": seed, "steps": family.steps, "guidance_scale": family.guidance_scale}
     folder = write(family, scratch)
     theirs, mine = {}, {}
     for dtype in DTYPES:
         out = scratch / f"{family.name}-{dtype}"
         started = time.monotonic()
-        worker = [sys.executable, __file__, "--scratch", scratch, "--size", str(size), "--worker", dtype, family.name]
+        worker = [sys.executable, __file__, "--scratch", scratch, "--size", str(size), "--seed", str(seed), "--worker", dtype, family.name]
         subprocess.run(worker, check=True)
         theirs[dtype] = np.load(f"{out}.npz")
         row[f"diffusers_{dtype}_s"] = round(time.monotonic() - started, 1)
         started = time.monotonic()
-        mine[dtype] = ours(family, folder, size, dtype, out)
+        mine[dtype] = ours(family, folder, size, seed, dtype, out)
         row[f"hypergen_{dtype}_s"] = round(time.monotonic() - started, 1)
         row[f"hypergen_{dtype}_peak_rss_bytes"] = mine[dtype]["peak_rss_bytes"]
     row["picture_spread"] = round(float(theirs["float32"]["spread"]), 3)
@@ -121,7 +121,7 @@ def compare(family: Family, scratch: Path, size: int, with_single_file: bool) ->
     row["bfloat16"] = apart(mine["bfloat16"], theirs["float32"])
     row["bfloat16_diffusers"] = apart(theirs["bfloat16"], theirs["float32"])
     if with_single_file and family.name in single.PREDICTIONS:
-        row["single_file"] = single_file(family, scratch, size)
+        row["single_file"] = single_file(family, scratch, size, seed)
     return row
 
 
@@ -132,10 +132,11 @@ def table(rows: list[dict]) -> str:
 
 
 def keep(row: dict) -> None:
-    """Writes a row beside those of the same day's other families and sizes."""
+    """Writes a row beside those of the same day's other families, sizes and seeds."""
     path = ROOT / f"bench/results/{date.today()}-fidelity-{platform.machine()}-{os.cpu_count()}cores.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [r for r in rows if (r["family"], r["size"]) != (row["family"], row["size"])] + [row]
+    key = lambda r: (r["family"], r["size"], r.get("seed", DEFAULT_SEED))
+    rows = [r for r in rows if key(r) != key(row)] + [row]
     path.write_text("[\n" + ",\n".join(" " + json.dumps(r) for r in rows) + "\n]\n")
 
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=[f.name for f in FAMILIES])
     parser.add_argument("--scratch", type=Path, required=True, help="where the weights go: 30 GB for all")
     parser.add_argument("--size", type=int, help="side of the pictures, instead of each family's")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of the drawing ({DEFAULT_SEED})")
     parser.add_argument("--single-file", action="store_true", help="also from a single file in the original key layout")
     parser.add_argument("--worker", choices=DTYPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -154,9 +156,9 @@ def main() -> None:
         family = BY_NAME[name]
         size = args.size or family.size
         if args.worker:
-            reference(family, scratch / name, size, args.worker, scratch / f"{name}-{args.worker}.npz")
+            reference(family, scratch / name, size, args.seed, args.worker, scratch / f"{name}-{args.worker}.npz")
             continue
-        rows.append(compare(family, scratch, size, args.single_file))
+        rows.append(compare(family, scratch, size, args.seed, args.single_file))
         print(json.dumps(rows[-1]), flush=True)
         keep(rows[-1])
     if rows:
