@@ -1,0 +1,80 @@
+"""From nothing to a model folder in one command: art, VAE, latents, diffusion model, judge, export, evaluation.
+
+    python run.py --work WORK --out ../models/emoji --warm-start ../models/emoji
+
+Stages that are done are skipped and a stopped one goes on where its checkpoint was, so the same command may be given again.
+--budget is the seconds of the diffusion model's training; the other stages take shares of it within limits.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def stage(name: str, *arguments, check: bool = True):
+    """Runs one of the scripts beside this file."""
+    print(f"== {name} {' '.join(map(str, arguments))}", flush=True)
+    subprocess.run([sys.executable, "-u", HERE / f"{name}.py", *map(str, arguments)], check=check)
+
+
+def art(work: Path):
+    """Installs the art's packages at the versions of package-lock.json and renders the subjects."""
+    if (work / "art" / "art.json").exists():
+        return
+    packages = work / "npm"
+    packages.mkdir(parents=True, exist_ok=True)
+    for file in ("package.json", "package-lock.json"):
+        shutil.copy(HERE / file, packages / file)
+    subprocess.run(["npm", "ci"], cwd=packages, check=True)
+    subprocess.run(["node", HERE / "render.mjs", packages / "node_modules", work / "art"], check=True)
+
+
+def tokenizer(work: Path):
+    """The tokenizer stays the one that the repository has: byte-level BPE spells every word, and old weights go on fitting."""
+    if not (work / "tokenizer").exists():
+        shutil.copytree(HERE.parent / "models" / "emoji" / "tokenizer", work / "tokenizer")
+
+
+def done(path: Path, *newer_than: Path) -> bool:
+    """Whether a stage's result exists and is no older than what it was made from."""
+    return path.exists() and all(path.stat().st_mtime >= p.stat().st_mtime for p in newer_than)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything in between; kept, a few hundred MB")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--budget", type=float, default=3600, help="seconds for the diffusion model")
+    parser.add_argument("--batch", type=int, default=64, help="the diffusion model's batch; 256 suits a GPU")
+    parser.add_argument("--warm-start", help="a model folder whose text encoder and UNet to start from; from nothing without")
+    parser.add_argument("--warm-start-vae", help="a VAE folder of one level less to grow from")
+    parser.add_argument("--first", help="an earlier model's folder for the evaluation to compare with")
+    parser.add_argument("--hypergen", help="HyperGen's binary, to draw with it in the evaluation")
+    args = parser.parse_args()
+    work, shared = args.work, ("--work", args.work, "--device", args.device)
+    art(work)
+    tokenizer(work)
+    vae_weights = work / "vae" / "diffusion_pytorch_model.safetensors"
+    grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
+    if not (work / "latents.npz").exists():
+        stage("train_vae", *shared, "--budget", min(3600, max(60, args.budget / 3)), *grown)
+    if not done(work / "latents.npz", vae_weights):
+        stage("latents", *shared)
+    warm = ("--warm-start", args.warm_start) if args.warm_start else ()
+    stage("train_diffusion", *shared, "--budget", args.budget, "--batch", args.batch, *warm)
+    if not (work / "judge.pt").exists():
+        stage("judge", *shared, "--budget", min(600, max(60, args.budget / 8)))
+    stage("export", "--work", work, "--out", args.out)
+    drawer = ("--hypergen", args.hypergen) if args.hypergen else ()
+    stage("sheet", "--model", args.out, "--out", work / "contact-sheet.webp", *drawer)
+    earlier = ("--first", args.first) if args.first else ()
+    stage("evaluate", "--work", work, "--model", args.out, *drawer, *earlier)
+
+
+if __name__ == "__main__":
+    main()
