@@ -1,5 +1,6 @@
-"""What every training stage shares: the device, budgets that do not count pauses, averages of weights, files that survive a stop."""
+"""What every training stage shares: device, budgets that do not count pauses, half-precision copies, averages, checkpoints."""
 
+import copy
 import os
 import time
 
@@ -53,6 +54,28 @@ class Ema:
             kept = parameter.detach().clone()
             parameter.copy_(value)
             value.copy_(kept)
+
+
+class Half:
+    """A bfloat16 copy of modules, which runs forwards and backwards, and the way back of its gradients to float32 weights.
+
+    CPUs with AMX and GPUs alike are quickest so; autocast would convert every weight anew in each layer of each step.
+    """
+
+    def __init__(self, *modules):
+        self.copies = [copy.deepcopy(m).to(torch.bfloat16) for m in modules]
+        self._masters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self._parameters = [p for m in self.copies for p in m.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def take_gradients(self):
+        for master, parameter in zip(self._masters, self._parameters):
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def refresh(self):
+        torch._foreach_copy_(self._parameters, self._masters)
 
 
 def save_state(path, state: dict):

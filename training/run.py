@@ -39,11 +39,6 @@ def tokenizer(work: Path):
         shutil.copytree(HERE.parent / "models" / "emoji" / "tokenizer", work / "tokenizer")
 
 
-def done(path: Path, *newer_than: Path) -> bool:
-    """Whether a stage's result exists and is no older than what it was made from."""
-    return path.exists() and all(path.stat().st_mtime >= p.stat().st_mtime for p in newer_than)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of everything in between; kept, a few hundred MB")
@@ -59,12 +54,11 @@ def main():
     work, shared = args.work, ("--work", args.work, "--device", args.device)
     art(work)
     tokenizer(work)
-    vae_weights = work / "vae" / "diffusion_pytorch_model.safetensors"
-    grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
     if not (work / "latents.npz").exists():
+        grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
         stage("train_vae", *shared, "--budget", min(3600, max(60, args.budget / 3)), *grown)
-    if not done(work / "latents.npz", vae_weights):
-        stage("latents", *shared)
+        small = ("--small-vae", args.warm_start_vae) if args.warm_start_vae else ()
+        stage("latents", *shared, *small)
     warm = ("--warm-start", args.warm_start) if args.warm_start else ()
     stage("train_diffusion", *shared, "--budget", args.budget, "--batch", args.batch, *warm)
     if not (work / "judge.pt").exists():

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 import models
 from art import COLOUR_NAMES, Art
 from captions import caption
-from common import Clock, Ema, pick_device, save_state
+from common import Clock, Ema, Half, pick_device, save_state
 
 SHEET_PROMPTS = (
     "red apple", "dog", "cat, black background", "rocket, blue background", "pizza, glossy style", "red heart, noto style",
@@ -30,26 +30,6 @@ SHEET_PROMPTS = (
     "bicycle", "penguin, noto style, yellow background", "tree", "house on a red background", "ghost, gray background",
     "woman", "police officer, noto style", "strawberry, glossy style, blue background", "fish",
 )
-
-
-class Half:
-    """A bfloat16 copy of modules, and the way back of its gradients to the float32 parameters."""
-
-    def __init__(self, modules, optimised):
-        self.masters = [p for m in modules for p in m.parameters()]
-        self.copies = [copy.deepcopy(m).to(torch.bfloat16) for m in modules]
-        self.parameters = [p for m in self.copies for p in m.parameters()]
-        assert len(self.parameters) == len(self.masters) == len(optimised)
-
-    @torch.no_grad()
-    def take_gradients(self):
-        for master, parameter in zip(self.masters, self.parameters):
-            master.grad = parameter.grad.float()
-            parameter.grad = None
-
-    @torch.no_grad()
-    def refresh(self):
-        torch._foreach_copy_(self.parameters, self.masters)
 
 
 class Trainer:
@@ -69,7 +49,7 @@ class Trainer:
         self.ema = Ema(self.parameters, args.ema)
         self.step, self.clock, self.draw = 0, Clock(self.device), random.Random(args.seed)
         self.resume()
-        self.half = Half((self.text_encoder, self.unet), self.parameters)
+        self.half = Half(self.text_encoder, self.unet)
         cached = np.load(self.work / "latents.npz")
         self.latents = torch.from_numpy(cached["latents"]).to(self.device)
         self.pictures, self.colours = cached["pictures"], cached["colours"]

@@ -1,13 +1,15 @@
 """Trains the VAE, which shrinks 128x128 pictures to 16x16x4; writes WORK/vae/ (diffusers layout) and WORK/vae.png.
 
-It starts from a VAE of one level less, where one is given: the shared blocks are copied, the new finest level learns to hand
-them the picture at half size, and the latents therefore begin where the old UNet expects them.
+Given a VAE of one level less (64x64 to 16x16x4), ours grows from it. The encoder is built, not trained: it halves the picture
+and goes on as the old one, so its latents never change while the decoder learns to draw them at twice the size, and the
+diffusion model may be trained before, beside or after it. Without such a VAE both halves are trained together.
 """
 
 import argparse
 import copy
 import math
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from art import COLOUR_NAMES, COLOURS, SIZE, Art
-from common import Clock, Ema, pick_device, save_state
+from common import Clock, Ema, Half, pick_device, save_state
 
 LEVELS = 4
 
@@ -39,8 +41,8 @@ def build() -> AutoencoderKL:
 
 def grow(new: AutoencoderKL, old: AutoencoderKL):
     """Copies a VAE of one level less into `new`: the old encoder's level k becomes k + 1, the decoder's keep their number."""
-    target, source = new.state_dict(), old.state_dict()
-    for key, value in source.items():
+    target = new.state_dict()
+    for key, value in old.state_dict().items():
         parts = key.split(".")
         if key.startswith("encoder.down_blocks."):
             parts[2] = str(int(parts[2]) + 1)
@@ -49,11 +51,12 @@ def grow(new: AutoencoderKL, old: AutoencoderKL):
             target[name] = value.clone()
     new.load_state_dict(target)
     with torch.no_grad():
-        # The new levels begin as (nearly) nothing but a pass through: their residual branches are silent.
+        # The new levels begin as a mere pass through: their residual branches are silent.
         for block in (new.encoder.down_blocks[0], new.decoder.up_blocks[LEVELS - 1]):
             for resnet in block.resnets:
                 resnet.conv2.weight.zero_()
                 resnet.conv2.bias.zero_()
+        halve(new.encoder, old.encoder.conv_in)
         smooth = new.decoder.up_blocks[LEVELS - 2].upsamplers[0].conv
         smooth.weight.mul_(0.1)
         for channel in range(smooth.weight.shape[0]):
@@ -61,8 +64,35 @@ def grow(new: AutoencoderKL, old: AutoencoderKL):
         smooth.bias.zero_()
 
 
+def halve(encoder, old_conv_in):
+    """Makes the new finest level compute "halve the picture, then the old first convolution".
+
+    The first convolution copies each colour at nine offsets (27 of 32 channels); the downsampling one, which sees rows
+    2i to 2i + 2 of that, so reaches rows 2i - 1 to 2i + 3 of the picture. A half-size row i - 1, i, i + 1 is the mean of rows
+    (2i - 2, 2i - 1), (2i, 2i + 1), (2i + 2, 2i + 3): row 2i - 2 alone is out of reach, and its neighbour stands in for it.
+    """
+    # For each of the old kernel's rows: pairs of (row of the downsampling kernel, offset copied by the first convolution).
+    reach = {0: ((0, -1), (0, -1)), 1: ((0, 0), (1, 0)), 2: ((2, 0), (2, 1))}
+    first, down = encoder.conv_in, encoder.down_blocks[0].downsamplers[0].conv
+    for layer in (first, down):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for colour in range(3):
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                first.weight[colour * 9 + (dy + 1) * 3 + dx + 1, colour, dy + 1, dx + 1] = 1
+    down.bias.copy_(old_conv_in.bias)
+    for a in range(3):
+        for b in range(3):
+            for y, dy in reach[a]:
+                for x, dx in reach[b]:
+                    for colour in range(3):
+                        channel = colour * 9 + (dy + 1) * 3 + dx + 1
+                        down.weight[:, channel, y, x] += old_conv_in.weight[:, colour, a, b] / 4
+
+
 class Pictures:
-    """Batches of composed pictures: all styles, all backgrounds, small shifts and scales."""
+    """Batches of composed pictures: all styles, all backgrounds, some shifted, scaled or mirrored."""
 
     def __init__(self, art: Art, seed: int):
         self.art, self.random = art, random.Random(seed)
@@ -71,7 +101,9 @@ class Pictures:
         draw = self.random
         index = draw.randrange(len(self.art.pictures))
         colour = "white" if draw.random() < 0.25 else draw.choice(COLOUR_NAMES)
-        rgb = [min(255, max(0, c + draw.gauss(0, 4))) for c in COLOURS[colour]]
+        if draw.random() < 0.7:
+            return self.art.compose(index, colour)
+        rgb = [min(255, max(0, c + draw.gauss(0, 6))) for c in COLOURS[colour]]
         shift = (draw.randint(-4, 4), draw.randint(-4, 4))
         return self.art.compose(index, rgb, draw.choice((112, 120)), shift, draw.random() < 0.3)
 
@@ -87,13 +119,8 @@ def reconstruction_loss(error: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + 0.5 * (across + down) + 0.5 * error.square().mean()
 
 
-def reconstruct(vae, pictures: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return vae.decode(vae.encode(pictures).latent_dist.mean).sample
-
-
-def report(vae, art: Art, path: Path, device) -> float:
-    """Measures on fixed pictures, sets the latents' scale, draws originals above reconstructions; returns the PSNR in dB."""
+def report(vae, art: Art, path: Path, device, rescale: bool) -> float:
+    """Measures on fixed pictures, sets the latents' scale where asked to, draws originals above reconstructions; returns the PSNR in dB."""
     picked = range(0, len(art.pictures), max(1, len(art.pictures) // 48))
     arrays = [art.compose(i, COLOUR_NAMES[n % 10]) for n, i in enumerate(picked)]
     x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().to(device)
@@ -101,68 +128,97 @@ def report(vae, art: Art, path: Path, device) -> float:
         z = vae.encode(x).latent_dist.mean
         y = vae.decode(z).sample.clamp(-1, 1)
     psnr = 10 * math.log10(4 / (y - x).square().mean().item())
-    vae.register_to_config(scaling_factor=float(1 / z.std().item()))
+    if rescale:
+        vae.register_to_config(scaling_factor=float(1 / z.std().item()))
     rows = [part[k : k + 12] for k in (0, 12) for part in (x, y)]
     sheet = np.concatenate([np.concatenate(list(r.permute(0, 2, 3, 1).cpu().numpy()), 1) for r in rows])
     Image.fromarray(((sheet + 1) * 127.5).clip(0, 255).astype(np.uint8)).save(path)
     return psnr
 
 
-def train(args):
-    device = pick_device(args.device)
-    work = Path(args.work)
-    art = Art(work / "art")
-    vae, teacher = build(), None
-    if args.warm_start:
-        teacher = AutoencoderKL.from_pretrained(args.warm_start).float().eval().requires_grad_(False).to(device)
-        grow(vae, teacher)
-    vae.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    ema = Ema(vae.parameters(), 0.998, every=5)
-    state_path, step, clock = work / "vae.state", 0, Clock(device)
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.values, ema.count, step, clock = state["ema"], state["ema_count"], state["step"], Clock(device, state["spent"])
+class Trainer:
+    def __init__(self, args):
+        self.args, self.work = args, Path(args.work)
+        self.device = pick_device(args.device)
+        self.art = Art(self.work / "art")
+        self.vae, self.old = build(), None
+        if args.warm_start:
+            self.old = AutoencoderKL.from_pretrained(args.warm_start).float().eval().requires_grad_(False)
+            grow(self.vae, self.old)
+            self.vae.register_to_config(scaling_factor=self.old.config.scaling_factor)
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+            self.old.to(self.device, torch.bfloat16, memory_format=torch.channels_last)
+        self.vae.to(self.device, memory_format=torch.channels_last)
+        self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.ema = Ema(self.parameters, 0.998, every=5)
+        self.step, self.clock = 0, Clock(self.device)
+        self.resume()
+        self.half = Half(self.vae)
+        self.pictures = Pictures(self.art, self.step)
 
-    def save():
-        save_state(state_path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.values,
-                                "ema_count": ema.count, "step": step, "spent": clock.spent})
-        ema.swap()
-        copied = copy.deepcopy(vae).float().eval()
-        ema.swap()
-        print(f"step {step} average's PSNR {report(copied, art, work / 'vae.png', device):.2f} dB", flush=True)
-        copied.save_pretrained(work / "vae")
+    def resume(self):
+        path = self.work / "vae.state"
+        if path.exists():
+            state = torch.load(path, map_location=self.device)
+            self.vae.load_state_dict(state["vae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.values, self.ema.count = state["ema"], state["ema_count"]
+            self.step, self.clock = state["step"], Clock(self.device, state["spent"])
 
-    pictures, saved, total = Pictures(art, step), clock.spent, 0.0
-    while clock.tick() < args.budget:
-        done = clock.spent / args.budget
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        x = pictures.batch(args.batch).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+    def save(self):
+        save_state(self.work / "vae.state", {
+            "vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.values,
+            "ema_count": self.ema.count, "step": self.step, "spent": self.clock.spent,
+        })
+        self.ema.swap()
+        averaged = copy.deepcopy(self.vae).eval()
+        self.ema.swap()
+        psnr = report(averaged, self.art, self.work / "vae.png", self.device, self.old is None)
+        averaged.save_pretrained(self.work / "vae")
+        print(f"step {self.step}: the average reconstructs at {psnr:.2f} dB", flush=True)
+
+    def latents(self, x: torch.Tensor) -> tuple:
+        """A batch's latents and what they cost. Those of a grown VAE are shaken, for a diffusion model's are never exact."""
+        vae = self.half.copies[0]
+        if self.old is None:
             posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        error = y.float() - x
-        loss = reconstruction_loss(error) + 1e-6 * posterior.kl().mean()
-        if teacher is not None and done < args.distil:
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                wanted = teacher.encode(F.avg_pool2d(x, 2)).latent_dist.mean
-            loss = loss + 0.5 * (1 - done / args.distil) * F.mse_loss(posterior.mean.float(), wanted.float())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(step)
-        step, total = step + 1, total + error.detach().square().mean().item()
-        if step % 50 == 0:
-            print(f"{step} {clock.spent:.0f}s PSNR {10 * math.log10(4 * 50 / total):.2f}", flush=True)
-            total = 0.0
-        if clock.spent - saved > 240:
-            saved = clock.spent
-            save()
-    save()
+            return posterior.sample(), 1e-6 * posterior.kl().float().mean()
+        with torch.no_grad():
+            mean = self.old.encode(F.avg_pool2d(x, 2)).latent_dist.mean
+        return mean + torch.randn_like(mean) * (0.15 * torch.rand(len(x), 1, 1, 1, device=x.device)).to(x.dtype), 0.0
+
+    def train_step(self) -> float:
+        x = self.pictures.batch(self.args.batch).to(self.device)
+        z, cost = self.latents(x.bfloat16())
+        error = self.half.copies[0].decode(z).sample.float() - x
+        (reconstruction_loss(error) + cost).backward()
+        self.half.take_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        done = min(1.0, self.clock.spent / self.args.budget)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.rate * min(1, (self.step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        self.optimizer.step()
+        self.half.refresh()
+        self.ema.update(self.step)
+        self.step += 1
+        return error.detach().square().mean().item()
+
+    def run(self):
+        if self.step == 0:
+            self.save()
+        saved, total = self.clock.spent, 0.0
+        while self.clock.tick() < self.args.budget:
+            total += self.train_step()
+            if self.step % 20 == 0:
+                psnr = 10 * math.log10(4 * 20 / total)
+                print(f"{time.strftime('%H:%M')} step {self.step} {self.clock.spent:.0f}s PSNR {psnr:.2f}", flush=True)
+                total = 0.0
+            if self.clock.spent - saved > self.args.save_every:
+                saved = self.clock.spent
+                self.save()
+        self.save()
 
 
 def main():
@@ -173,8 +229,8 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--warm-start", help="folder of a VAE with one level less to grow from")
-    parser.add_argument("--distil", type=float, default=0.4, help="share of the budget that keeps the old VAE's latents")
-    train(parser.parse_args())
+    parser.add_argument("--save-every", type=float, default=120, help="seconds of training between checkpoints")
+    Trainer(parser.parse_args()).run()
 
 
 if __name__ == "__main__":
