@@ -27,7 +27,7 @@ class Diffusers:
     def __init__(self, folder, device: str = "cpu", batch: int = 32):
         from diffusers import StableDiffusionPipeline
 
-        self.pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        self.pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.batch, self.device = batch, device
 

@@ -1,6 +1,7 @@
 """Writes what a release needs of a trained model: float16 weights in the diffusers layout, nothing else; checks the size."""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -25,9 +26,16 @@ FILES = (
 )
 
 
+def forget_path(file: Path):
+    """Removes where the weights lay when they were loaded, which is nobody else's business."""
+    settings = json.loads(file.read_text())
+    if settings.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
 def export(work: Path, out: Path) -> int:
     """Writes `out` and returns its size in bytes. Refuses weights that float16 cannot hold."""
-    pipe = StableDiffusionPipeline.from_pretrained(work / "model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(work / "model", dtype=torch.float32)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         half = part.half()
         for name, value in half.state_dict().items():
@@ -37,6 +45,11 @@ def export(work: Path, out: Path) -> int:
     # Both generations of the tokenizer's files, so that older loaders read it too.
     for file in (work / "tokenizer").iterdir():
         shutil.copy(file, out / "tokenizer" / file.name)
+    for file in out.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+        if file.name in ("config.json", "model_index.json"):
+            forget_path(file)
     missing = [f for f in FILES if not (out / f).exists()]
     if missing:
         raise FileNotFoundError(f"{out} lacks {missing}")

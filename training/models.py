@@ -38,7 +38,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return CLIPTextModel._from_config(config, attn_implementation="eager")
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -57,10 +57,15 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def load(tokenizer: CLIPTokenizer, warm_start) -> tuple:
-    """(text encoder, UNet) in float32, from a diffusers folder where one is given."""
+    """(text encoder, UNet) in float32, from a diffusers folder where one is given.
+
+    The text encoder's attention is the plain one for the same reason as the UNet's (`use_plain_attention`).
+    """
     if warm_start:
-        text_encoder = CLIPTextModel.from_pretrained(warm_start, subfolder="text_encoder", dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(warm_start, subfolder="unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(
+            warm_start, subfolder="text_encoder", dtype=torch.float32, attn_implementation="eager"
+        )
+        unet = UNet2DConditionModel.from_pretrained(warm_start, subfolder="unet", dtype=torch.float32)
     else:
         text_encoder, unet = new_text_encoder(tokenizer), new_unet()
     return text_encoder.train(), unet.train()

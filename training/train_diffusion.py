@@ -50,6 +50,8 @@ class Trainer:
         self.step, self.clock, self.draw = 0, Clock(self.device), random.Random(args.seed)
         self.resume()
         self.half = Half(self.text_encoder, self.unet)
+        if args.compile:
+            self.half.copies = [torch.compile(m) for m in self.half.copies]
         cached = np.load(self.work / "latents.npz")
         self.latents = torch.from_numpy(cached["latents"]).to(self.device)
         self.pictures, self.colours = cached["pictures"], cached["colours"]
@@ -171,6 +173,7 @@ def main():
     parser.add_argument("--warm-start", help="a diffusers folder whose text_encoder/ and unet/ to start from")
     parser.add_argument("--save-every", type=float, default=150, help="seconds of training between checkpoints")
     parser.add_argument("--draw-every", type=float, default=450, help="seconds of training between sheets of samples")
+    parser.add_argument("--compile", action="store_true", help="compile the models first: minutes that long trainings repay")
     parser.add_argument("--seed", type=int, default=1)
     Trainer(parser.parse_args()).run()
 

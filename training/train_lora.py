@@ -90,7 +90,7 @@ def write(unet, out: Path, rank: int):
 def train(args):
     device = pick_device(args.device)
     torch.manual_seed(3)
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
     art = Art(Path(args.work) / "art")
     latents, captions = encode(pipe, art, args.pictures, device)
     with torch.no_grad():
