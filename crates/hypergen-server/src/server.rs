@@ -123,8 +123,11 @@ impl Server {
         let listener = TcpListener::from_std(StdListener::from(self.socket)).map_err(listen)?;
         banner::announce(&app.shared, &self.config);
         let sweeper = tokio::spawn(sweep(Arc::clone(&app.shared)));
+        let shared = Arc::clone(&app.shared);
         let exit = Connections::new(app, &self.config).serve(listener, stop).await;
         sweeper.abort();
+        // Tasks that are not done yet hold it too, and the process does not wait for them.
+        shared.store.close();
         Ok(exit)
     }
 }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use tempfile::{NamedTempFile, TempDir};
@@ -108,8 +108,9 @@ pub(crate) struct ImageStore {
     ttl: Duration,
     bound: u64,
     index: Mutex<Index>,
-    /// Removes the folder in the end, if it is ours alone.
-    _temporary: Option<TempDir>,
+    /// Removes the folder in the end, if it is ours alone. Read by whoever
+    /// writes a file, so that [`ImageStore::close`] waits for it.
+    temporary: RwLock<Option<TempDir>>,
 }
 
 impl ImageStore {
@@ -129,7 +130,7 @@ impl ImageStore {
                 (temporary.path().to_owned(), Some(temporary))
             }
         };
-        let store = Self { folder, ttl, bound, index: Mutex::default(), _temporary: temporary };
+        let store = Self { folder, ttl, bound, index: Mutex::default(), temporary: RwLock::new(temporary) };
         store.scan()?;
         store.sweep();
         Ok(store)
@@ -185,6 +186,7 @@ impl ImageStore {
     }
 
     fn write(&self, bytes: &[u8], name: &Name) -> io::Result<()> {
+        let _open = self.temporary.read().unwrap_or_else(PoisonError::into_inner);
         let mut file = NamedTempFile::new_in(&self.folder)?;
         file.write_all(bytes)?;
         file.persist(self.path(name)).map_err(|e| e.error)?;
@@ -260,6 +262,15 @@ impl ImageStore {
         }
     }
 
+    /// Removes the folder if it is ours alone, and the pictures with it: for
+    /// the end of a process, which waits for nobody who still holds the store.
+    pub(crate) fn close(&self) {
+        let temporary = self.temporary.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(e)) = temporary.map(TempDir::close) {
+            tracing::warn!(error = %e, "the temporary folder of pictures cannot be removed");
+        }
+    }
+
     /// Files and bytes that it holds.
     pub(crate) fn usage(&self) -> (usize, u64) {
         let index = self.lock();
@@ -293,6 +304,20 @@ mod tests {
 
     fn store(bound: u64) -> ImageStore {
         ImageStore::open(None, HOUR, bound).expect("a temporary folder")
+    }
+
+    #[test]
+    fn a_closed_store_leaves_no_folder_though_it_is_held() {
+        let store = store(1000);
+        let name = store.put(b"picture", ImageFormat::Png).expect("stored");
+        store.close();
+        assert!(!store.folder().exists());
+        assert!(store.get(&name).expect("no failure").is_none());
+        assert!(store.put(b"late", ImageFormat::Png).is_err());
+        assert!(!store.folder().exists());
+        let kept = tempfile::tempdir().expect("a folder");
+        ImageStore::open(Some(kept.path()), HOUR, 1000).expect("opened").close();
+        assert!(kept.path().exists(), "a folder that was given is not ours to remove");
     }
 
     #[test]

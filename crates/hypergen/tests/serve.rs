@@ -83,10 +83,14 @@ fn a_server_draws_what_generate_draws_and_ends_well() {
         sandbox.run(&["generate", "red apple", "--seed", "7", "--size", "auto", "--steps", "2", "-o", "-"]);
     assert!(drawn.stdout == picture, "the same file, byte for byte");
 
+    assert_eq!(sandbox.temporary().len(), 1, "the pictures' folder");
+    // A client that stays connected must not hold that folder.
+    let _idle = TcpStream::connect(&server.address).expect("it listens");
     let told =
         Command::new("kill").args(["-s", "TERM", &server.child.id().to_string()]).status().expect("kill");
     assert!(told.success());
     assert_eq!(server.child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(sandbox.temporary(), [""; 0], "nothing is left behind");
 }
 
 #[test]

@@ -10,11 +10,15 @@ use tempfile::TempDir;
 /// A new folder, and the binary that runs in it.
 pub(crate) struct Sandbox {
     folder: TempDir,
+    /// What the binary takes for the system's folder of temporary files: a
+    /// server that is killed cannot tidy up.
+    temporary: TempDir,
 }
 
 impl Sandbox {
     pub(crate) fn new() -> Self {
-        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+        let folder = || tempfile::tempdir().expect("a temporary folder");
+        Self { folder: folder(), temporary: folder() }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -27,7 +31,16 @@ impl Sandbox {
 
     /// Names of everything in the folder, hidden files too.
     pub(crate) fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = std::fs::read_dir(self.path())
+        Self::list(self.path())
+    }
+
+    /// Names of temporary files and folders.
+    pub(crate) fn temporary(&self) -> Vec<String> {
+        Self::list(self.temporary.path())
+    }
+
+    fn list(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(folder)
             .expect("the folder")
             .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
             .collect();
@@ -39,6 +52,7 @@ impl Sandbox {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypergen"));
         command.args(args).current_dir(self.path()).stdin(Stdio::null());
+        command.env("TMPDIR", self.temporary.path());
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("HYPERGEN_") {
                 command.env_remove(name);
