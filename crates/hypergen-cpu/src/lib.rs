@@ -33,12 +33,15 @@ mod split;
 #[cfg(test)]
 mod testing;
 
-pub use aligned::AlignedVec;
+pub use aligned::{AlignedVec, Arena};
 pub use attention::{AttentionShape, Heads, attention};
 pub use conv::{ConvShape, conv2d};
 pub use cpu::{Cpu, CpuConfig, CpuError};
 pub use element::{Element, ElementKind};
 pub use elementwise::{activate, add, concat_columns, convert};
-pub use gemm::{Activation, Epilogue, GroupBias, PANEL_OUTPUTS, PackedMatrix, add_product, geglu, linear};
+pub use gemm::{
+    Activation, Epilogue, GroupBias, PANEL_OUTPUTS, PackedMatrix, Portion, add_product, geglu, linear,
+    rewrite,
+};
 pub use isa::Isa;
 pub use norm::{GroupNormShape, group_norm, group_norm_scale_shift, layer_norm};

@@ -47,8 +47,8 @@ pub struct BenchOptions {
 /// One part of the work, over all rounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
-    /// `load`, `text`, `unet_step` or `vae_decode`; with a LoRA also `lora_switch`, `lora_kept`, `lora_same` and
-    /// `lora_beside` (see `docs/lora.md`).
+    /// `load`, `text`, `unet_step` or `vae_decode`; with a LoRA also `lora_first`, `lora_switch`, `lora_switch_f32`,
+    /// `lora_kept`, `lora_same` and `lora_beside` (see `docs/lora.md`).
     pub stage: &'static str,
     /// Seconds, one for each time.
     pub seconds: Vec<f64>,

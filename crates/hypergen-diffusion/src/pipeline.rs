@@ -234,7 +234,7 @@ impl Generator for Pipeline {
     }
 
     fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
-        self.adapters.check(loras)
+        self.adapters.check(loras, &self.device)
     }
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {

@@ -1,7 +1,9 @@
 //! Changes of loaded weights: low-rank products and their kin, added to packed
 //! matrices without touching what was loaded. [`apply`] makes changed matrices,
 //! [`Changed::install`] lets operations compute with them, and
-//! [`Changed::restore`] goes back to the loaded bits.
+//! [`Changed::restore`] goes back to the loaded bits. A matrix is read once and
+//! written once, panel by panel, and all matrices together are one job for the
+//! threads, into one piece of memory.
 //!
 //! It deliberately reads no file and knows no name of a format: that is for
 //! whoever has adapters to apply. Everything is computed in float32 from the
@@ -11,10 +13,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hypergen_cpu::{Cpu, Element, PANEL_OUTPUTS as PANEL, PackedMatrix, add_product};
+use half::bf16;
+use hypergen_cpu::{
+    AlignedVec, Arena, Cpu, Element, PANEL_OUTPUTS as PANEL, PackedMatrix, Portion, add_product, rewrite,
+};
 
 use crate::Device;
-use crate::packed::{Matrix, Slot};
+use crate::packed::{Matrix, MatrixOf, Slot};
 
 /// A matrix or convolution of a checkpoint, wherever it was packed.
 #[derive(Clone)]
@@ -104,26 +109,42 @@ pub struct Change {
     pub magnitude: Option<Magnitude>,
 }
 
-/// A packed matrix with its changes.
+/// Changed matrices.
 pub struct Changed {
-    slot: Slot,
-    matrix: Arc<Matrix>,
+    matrices: Vec<(Slot, Arc<Matrix>)>,
+    memory: Memory,
 }
+
+/// What changed matrices lay in, for others to be written there: that spares
+/// the system clearing fresh pages.
+pub struct Memory(Arena);
 
 impl Changed {
     /// Operations compute with the changed weights from now on.
     pub fn install(&self) {
-        self.slot.set(Arc::clone(&self.matrix));
+        self.matrices.iter().for_each(|(slot, matrix)| slot.set(Arc::clone(matrix)));
     }
 
     /// Operations compute with the loaded weights again.
     pub fn restore(&self) {
-        self.slot.set(Arc::clone(self.slot.base()));
+        self.matrices.iter().for_each(|(slot, _)| slot.set(Arc::clone(slot.base())));
     }
 
     /// Memory that the changed weights take.
     pub fn bytes(&self) -> usize {
-        self.matrix.bytes()
+        self.memory.0.bytes()
+    }
+
+    /// Forgets the changed weights, and keeps their memory.
+    pub fn into_memory(self) -> Memory {
+        self.memory
+    }
+}
+
+impl Memory {
+    /// Whether changes of this size would be written into it.
+    pub fn fits(&self, bytes: usize) -> bool {
+        self.0.bytes() == bytes
     }
 }
 
@@ -135,58 +156,78 @@ pub fn bytes_to_change<'a>(modules: impl IntoIterator<Item = &'a Module>) -> usi
     slots.into_iter().map(|slot| slot.base().bytes()).sum()
 }
 
-/// Makes changed weights. Changes of one module add up, each computed from the
-/// loaded weights.
+/// Makes changed weights, in `memory` if that fits. Changes of one module add
+/// up, each computed from the loaded weights.
 ///
 /// # Panics
 /// When a change's shape is not its module's.
-pub fn apply(device: &Device, changes: &[(Module, Change)]) -> Vec<Changed> {
-    let mut order: Vec<Slot> = vec![];
-    let mut by_slot: HashMap<usize, Vec<&(Module, Change)>> = HashMap::new();
-    for change in changes {
-        let slot = &change.0.slot;
-        by_slot.entry(slot.address()).or_insert_with(|| {
-            order.push(slot.clone());
-            vec![]
-        });
-        by_slot.entry(slot.address()).or_default().push(change);
-    }
+pub fn apply(device: &Device, changes: &[(Module, Change)], memory: Option<Memory>) -> Changed {
     let cpu = device.cpu_kernels();
-    let changed = |slot: Slot| {
-        let parts: Vec<Part<'_>> =
-            by_slot[&slot.address()].iter().map(|(module, change)| Part::new(module, change)).collect();
-        let matrix = match &**slot.base() {
-            Matrix::F32(base) => Matrix::F32(rewrite(cpu, base, &parts)),
-            Matrix::Bf16(base) => Matrix::Bf16(rewrite(cpu, base, &parts)),
-        };
-        Changed { slot, matrix: Arc::new(matrix) }
-    };
-    order.into_iter().map(changed).collect()
+    let parts = device.map(changes.len(), |i| Part::new(&changes[i].0, &changes[i].1));
+    let mut groups: Vec<Group<'_>> = vec![];
+    let mut places: HashMap<usize, usize> = HashMap::new();
+    for ((module, _), part) in changes.iter().zip(parts) {
+        let place = *places.entry(module.slot.address()).or_insert_with(|| {
+            groups.push(Group { slot: module.slot.clone(), parts: vec![] });
+            groups.len() - 1
+        });
+        groups[place].parts.push(part);
+    }
+    let bytes = groups.iter().map(|group| group.slot.base().bytes()).sum();
+    let reused = memory.filter(|m| m.fits(bytes)).and_then(|mut m| m.0.reuse().then_some(m.0));
+    let mut arena = reused.unwrap_or_else(|| Arena::new(bytes));
+    let mut matrices = rewritten::<f32>(cpu, &groups, &mut arena);
+    matrices.extend(rewritten::<bf16>(cpu, &groups, &mut arena));
+    Changed { matrices, memory: Memory(arena) }
 }
 
-fn rewrite<T: Element>(cpu: &Cpu, base: &PackedMatrix<T>, parts: &[Part<'_>]) -> PackedMatrix<T> {
-    let lengths: Vec<Option<Vec<f64>>> = parts.iter().map(|part| part.input_lengths(cpu, base)).collect();
-    base.rewritten(cpu, |outputs, panel| {
-        // Lengths are those of the loaded weights with one change alone.
-        let loaded = parts.iter().any(|p| p.change.magnitude.is_some()).then(|| panel.to_vec());
-        for (part, lengths) in parts.iter().zip(&lengths) {
-            let Some(columns) = part.columns(&outputs) else { continue };
-            match (&loaded, &part.change.magnitude) {
-                (Some(loaded), Some(magnitude)) => {
-                    let mut alone = loaded.clone();
-                    part.add(cpu, &outputs, &mut alone);
-                    let factor = part.factors(magnitude, lengths.as_deref(), &alone, &outputs, &columns);
-                    for (row, to) in panel.chunks_exact_mut(PANEL).enumerate() {
-                        for column in columns.clone() {
-                            let at = row * PANEL + column;
-                            to[column] += factor(row, column) * alone[at] - loaded[at];
-                        }
+/// The changes of one packed matrix.
+struct Group<'a> {
+    slot: Slot,
+    parts: Vec<Part<'a>>,
+}
+
+/// Changes all matrices of one type.
+fn rewritten<T: MatrixOf>(cpu: &Cpu, groups: &[Group<'_>], arena: &mut Arena) -> Vec<(Slot, Arc<Matrix>)> {
+    let (groups, bases): (Vec<&Group<'_>>, Vec<&PackedMatrix<T>>) =
+        groups.iter().filter_map(|group| Some((group, T::of(group.slot.base())?))).unzip();
+    let lengths: Vec<Vec<Option<Vec<f64>>>> = groups
+        .iter()
+        .zip(&bases)
+        .map(|(group, base)| group.parts.iter().map(|part| part.input_lengths(cpu, base)).collect())
+        .collect();
+    let whole = groups.iter().flat_map(|group| &group.parts).any(|part| part.change.magnitude.is_some());
+    let portion = if whole { Portion::Panel } else { Portion::Strip };
+    let matrices = rewrite(cpu, &bases, arena, portion, |i, outputs| {
+        let parts: Vec<InPanel<'_>> = (groups[i].parts.iter().zip(&lengths[i]))
+            .filter_map(|(part, lengths)| part.in_panel(&outputs, lengths.as_deref()))
+            .collect();
+        move |rows, panel: &mut [f32]| change(cpu, &parts, &rows, panel)
+    });
+    let slots = groups.iter().map(|group| group.slot.clone());
+    slots.zip(matrices.into_iter().map(|matrix| Arc::new(T::wrap(matrix)))).collect()
+}
+
+/// Adds all changes to rows of a panel, to all of them where there are lengths.
+fn change(cpu: &Cpu, parts: &[InPanel<'_>], rows: &Range<usize>, panel: &mut [f32]) {
+    // Lengths are those of the loaded weights with one change alone.
+    let loaded = parts.iter().any(|p| p.part.change.magnitude.is_some()).then(|| panel.to_vec());
+    for part in parts {
+        match (&loaded, &part.part.change.magnitude) {
+            (Some(loaded), Some(magnitude)) => {
+                let mut alone = loaded.clone();
+                part.add(cpu, rows, &mut alone);
+                let factor = part.factors(magnitude, &alone);
+                for (row, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+                    for column in part.columns.clone() {
+                        let at = row * PANEL + column;
+                        to[column] += factor(row, column) * alone[at] - loaded[at];
                     }
                 }
-                _ => part.add(cpu, &outputs, panel),
             }
+            _ => part.add(cpu, rows, panel),
         }
-    })
+    }
 }
 
 /// A change with its place in a packed matrix.
@@ -213,10 +254,14 @@ impl<'a> Part<'a> {
                 module.name
             );
             let mut left = vec![0.0; p.down.len()];
-            for (r, row) in p.down.chunks_exact((inputs * taps).max(1)).enumerate() {
-                for (channel, stored) in row.chunks_exact(taps).enumerate() {
-                    for (tap, &value) in stored.iter().enumerate() {
-                        left[(tap * inputs + channel) * p.rank + r] = value;
+            // A few channels at a time, so that what is written by lines and
+            // what is read by columns both stay in the first cache.
+            for start in (0..inputs).step_by(16) {
+                for (r, row) in p.down.chunks_exact((inputs * taps).max(1)).enumerate() {
+                    for channel in start..inputs.min(start + 16) {
+                        for (tap, &value) in row[channel * taps..][..taps].iter().enumerate() {
+                            left[(tap * inputs + channel) * p.rank + r] = value;
+                        }
                     }
                 }
             }
@@ -235,83 +280,31 @@ impl<'a> Part<'a> {
         Self { first: module.first, outputs, inputs, taps, change, left }
     }
 
-    /// The panel's columns that belong to this module.
-    fn columns(&self, panel: &Range<usize>) -> Option<Range<usize>> {
-        let start = panel.start.max(self.first);
-        let end = panel.end.min(self.first + self.outputs);
-        (start < end).then(|| start - panel.start..end - panel.start)
-    }
-
-    /// Adds the scaled change to a panel `[k][PANEL]`.
-    fn add(&self, cpu: &Cpu, outputs: &Range<usize>, panel: &mut [f32]) {
-        let Some(columns) = self.columns(outputs) else { return };
-        // The panel's column of this module's first output, which may lie left of it.
-        let output = |column: usize| outputs.start + column - self.first;
+    /// The change within a panel, unless the panel has none of the module's outputs.
+    fn in_panel<'p>(&'p self, outputs: &Range<usize>, lengths: Option<&'p [f64]>) -> Option<InPanel<'p>> {
+        let start = outputs.start.max(self.first);
+        let end = outputs.end.min(self.first + self.outputs);
+        if start >= end {
+            return None;
+        }
+        let columns = start - outputs.start..end - outputs.start;
+        let first = start - self.first;
         let right = |p: &Product, scale: f32| {
-            let mut right = vec![0.0; p.rank * PANEL];
-            for column in columns.clone() {
-                for (r, &value) in p.up[output(column) * p.rank..][..p.rank].iter().enumerate() {
+            let mut aligned = AlignedVec::zeroed(p.rank * PANEL);
+            let right = aligned.as_mut_slice();
+            for (column, row) in columns.clone().zip(p.up[first * p.rank..].chunks_exact(p.rank.max(1))) {
+                for (r, &value) in row.iter().enumerate() {
                     right[r * PANEL + column] = scale * value;
                 }
             }
-            right
+            aligned
         };
-        let scale = self.change.scale;
-        match &self.change.delta {
-            Delta::Product(p) => add_product(cpu.isa(), panel, &self.left[0], &right(p, scale)),
-            Delta::Hadamard(p, q) => {
-                let (mut a, mut b) = (vec![0.0; panel.len()], vec![0.0; panel.len()]);
-                add_product(cpu.isa(), &mut a, &self.left[0], &right(p, scale));
-                add_product(cpu.isa(), &mut b, &self.left[1], &right(q, 1.0));
-                for ((to, a), b) in panel.iter_mut().zip(&a).zip(&b) {
-                    *to += a * b;
-                }
-            }
-            Delta::Kronecker { left, shape: [o, i], right } => {
-                let (rows, width) = (self.outputs / o, self.inputs / i);
-                for (k, to) in panel.chunks_exact_mut(PANEL).enumerate() {
-                    let (tap, channel) = (k / self.inputs, k % self.inputs);
-                    for column in columns.clone() {
-                        let output = output(column);
-                        let a = left[output / rows * i + channel / width];
-                        let b = right[(output % rows * width + channel % width) * self.taps + tap];
-                        to[column] += scale * a * b;
-                    }
-                }
-            }
-        }
-    }
-
-    /// What each weight of a panel is multiplied by to get the lengths asked
-    /// for: a function of its row and column.
-    fn factors<'f>(
-        &'f self,
-        magnitude: &'f Magnitude,
-        lengths: Option<&[f64]>,
-        changed: &[f32],
-        outputs: &'f Range<usize>,
-        columns: &Range<usize>,
-    ) -> Box<dyn Fn(usize, usize) -> f32 + 'f> {
-        match magnitude {
-            Magnitude::Inputs(values) => {
-                let lengths = lengths.unwrap_or_default();
-                let factors: Vec<f32> =
-                    values.iter().zip(lengths).map(|(m, l)| (f64::from(*m) / l) as f32).collect();
-                Box::new(move |row, _| factors[row % self.inputs])
-            }
-            Magnitude::Outputs(values) => {
-                let mut squares = [0.0_f64; PANEL];
-                for row in changed.chunks_exact(PANEL) {
-                    for column in columns.clone() {
-                        squares[column] += f64::from(row[column]).powi(2);
-                    }
-                }
-                Box::new(move |_, column| {
-                    let output = outputs.start + column - self.first;
-                    (f64::from(values[output]) / squares[column].sqrt()) as f32
-                })
-            }
-        }
+        let right = match &self.change.delta {
+            Delta::Product(p) => vec![right(p, self.change.scale)],
+            Delta::Hadamard(p, q) => vec![right(p, self.change.scale), right(q, 1.0)],
+            Delta::Kronecker { .. } => vec![],
+        };
+        Some(InPanel { part: self, columns, first, right, lengths })
     }
 
     /// Lengths over outputs and taps of the changed weights, where they count.
@@ -320,13 +313,13 @@ impl<'a> Part<'a> {
             return None;
         }
         let panels = Mutex::new(vec![]);
-        base.rewritten(cpu, |outputs, panel| {
-            let Some(columns) = self.columns(&outputs) else { return };
-            self.add(cpu, &outputs, panel);
+        base.visit(cpu, |outputs, panel| {
+            let Some(part) = self.in_panel(&outputs, None) else { return };
+            part.add(cpu, &(0..panel.len() / PANEL), panel);
             let mut squares = vec![0.0; self.inputs];
             for (k, row) in panel.chunks_exact(PANEL).enumerate() {
                 squares[k % self.inputs] +=
-                    row[columns.clone()].iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+                    row[part.columns.clone()].iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
             }
             panels.lock().unwrap_or_else(PoisonError::into_inner).push((outputs.start, squares));
         });
@@ -338,6 +331,86 @@ impl<'a> Part<'a> {
             sums.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
         }
         Some(sums.into_iter().map(f64::sqrt).collect())
+    }
+}
+
+/// A change within one panel.
+struct InPanel<'a> {
+    part: &'a Part<'a>,
+    /// The panel's columns that belong to the module.
+    columns: Range<usize>,
+    /// The module's output in the first of them.
+    first: usize,
+    /// The left factors of products as a panel's right ones, `[rank][PANEL]`; the first is scaled.
+    right: Vec<AlignedVec<f32>>,
+    /// See [`Part::input_lengths`].
+    lengths: Option<&'a [f64]>,
+}
+
+impl InPanel<'_> {
+    /// The module's output in a column that belongs to it.
+    fn output(&self, column: usize) -> usize {
+        self.first + column - self.columns.start
+    }
+
+    /// Adds the scaled change to rows of the panel, `[rows][PANEL]`.
+    fn add(&self, cpu: &Cpu, rows: &Range<usize>, panel: &mut [f32]) {
+        let part = self.part;
+        let add = |panel: &mut [f32], p: &Product, side: usize| {
+            let left = &part.left[side][rows.start * p.rank..rows.end * p.rank];
+            add_product(cpu.isa(), panel, left, self.right[side].as_slice());
+        };
+        match &part.change.delta {
+            Delta::Product(p) => add(panel, p, 0),
+            Delta::Hadamard(p, q) => {
+                let (mut a, mut b) = (vec![0.0; panel.len()], vec![0.0; panel.len()]);
+                add(&mut a, p, 0);
+                add(&mut b, q, 1);
+                for ((to, a), b) in panel.iter_mut().zip(&a).zip(&b) {
+                    *to += a * b;
+                }
+            }
+            Delta::Kronecker { left, shape: [o, i], right } => {
+                let (height, width) = (part.outputs / o, part.inputs / i);
+                for (k, to) in rows.clone().zip(panel.chunks_exact_mut(PANEL)) {
+                    let (tap, channel) = (k / part.inputs, k % part.inputs);
+                    for column in self.columns.clone() {
+                        let output = self.output(column);
+                        let a = left[output / height * i + channel / width];
+                        let b = right[(output % height * width + channel % width) * part.taps + tap];
+                        to[column] += part.change.scale * a * b;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What each weight of a whole panel is multiplied by to get the lengths
+    /// asked for: a function of its row and column.
+    fn factors(&self, magnitude: &Magnitude, changed: &[f32]) -> Box<dyn Fn(usize, usize) -> f32> {
+        match magnitude {
+            Magnitude::Inputs(values) => {
+                let lengths = self.lengths.unwrap_or_default();
+                let factors: Vec<f32> =
+                    values.iter().zip(lengths).map(|(m, l)| (f64::from(*m) / l) as f32).collect();
+                let inputs = self.part.inputs;
+                Box::new(move |row, _| factors[row % inputs])
+            }
+            Magnitude::Outputs(values) => {
+                let mut squares = [0.0_f64; PANEL];
+                for row in changed.chunks_exact(PANEL) {
+                    for column in self.columns.clone() {
+                        squares[column] += f64::from(row[column]).powi(2);
+                    }
+                }
+                let mut factors = [0.0_f32; PANEL];
+                for column in self.columns.clone() {
+                    let wanted = f64::from(values[self.output(column)]);
+                    factors[column] = (wanted / squares[column].sqrt()) as f32;
+                }
+                Box::new(move |_, column| factors[column])
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::profile::{Profile, ProfileEntry, Span};
 use crate::tensor::DType;
@@ -85,6 +85,16 @@ impl Device {
     /// Whether bfloat16 products run at a multiple of float32's speed.
     pub fn multiplies_bf16(&self) -> bool {
         self.isa() >= hypergen_cpu::Isa::Avx512Bf16
+    }
+
+    /// The values of a function of `0..count`, computed by all threads in no
+    /// particular order: for what a caller prepares outside of operations.
+    pub fn map<R: Send + Sync>(&self, count: usize, body: impl Fn(usize) -> R + Sync) -> Vec<R> {
+        let results: Vec<OnceLock<R>> = (0..count).map(|_| OnceLock::new()).collect();
+        self.cpu_kernels().parallel(count, |i| {
+            results[i].get_or_init(|| body(i));
+        });
+        results.into_iter().filter_map(OnceLock::into_inner).collect()
     }
 
     /// Gives the memory of tensors that are gone back to the system.
@@ -218,6 +228,15 @@ impl<T: Pooled> Drop for Buffer<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_map_keeps_the_order() {
+        for threads in [1, 3] {
+            let device = Device::cpu(&DeviceConfig { threads: Some(threads) }).expect("a device");
+            assert_eq!(device.map(1000, |i| 2 * i), (0..1000).map(|i| 2 * i).collect::<Vec<_>>());
+            assert!(device.map(0, |i| i).is_empty());
+        }
+    }
 
     #[test]
     fn buffers_return_and_serve_lengths_near_their_own() {

@@ -13,26 +13,43 @@ pub(crate) enum Matrix {
     Bf16(PackedMatrix<bf16>),
 }
 
-/// Finds the side of [`Matrix`] that fits an element type.
+/// The side of [`Matrix`] that fits an element type.
 pub(crate) trait MatrixOf: Sized + hypergen_cpu::Element {
-    fn matrix(matrix: &Matrix) -> &PackedMatrix<Self>;
+    /// The matrix, if it is of this type.
+    fn of(matrix: &Matrix) -> Option<&PackedMatrix<Self>>;
+
+    /// A matrix of this type.
+    fn wrap(matrix: PackedMatrix<Self>) -> Matrix;
+
+    /// The matrix, for activations of this type.
+    fn matrix(matrix: &Matrix) -> &PackedMatrix<Self> {
+        Self::of(matrix).expect("activations met weights of another type")
+    }
 }
 
 impl MatrixOf for f32 {
-    fn matrix(matrix: &Matrix) -> &PackedMatrix<f32> {
+    fn of(matrix: &Matrix) -> Option<&PackedMatrix<f32>> {
         match matrix {
-            Matrix::F32(m) => m,
-            Matrix::Bf16(_) => panic!("float32 activations met bfloat16 weights"),
+            Matrix::F32(m) => Some(m),
+            Matrix::Bf16(_) => None,
         }
+    }
+
+    fn wrap(matrix: PackedMatrix<f32>) -> Matrix {
+        Matrix::F32(matrix)
     }
 }
 
 impl MatrixOf for bf16 {
-    fn matrix(matrix: &Matrix) -> &PackedMatrix<bf16> {
+    fn of(matrix: &Matrix) -> Option<&PackedMatrix<bf16>> {
         match matrix {
-            Matrix::Bf16(m) => m,
-            Matrix::F32(_) => panic!("bfloat16 activations met float32 weights"),
+            Matrix::Bf16(m) => Some(m),
+            Matrix::F32(_) => None,
         }
+    }
+
+    fn wrap(matrix: PackedMatrix<bf16>) -> Matrix {
+        Matrix::Bf16(matrix)
     }
 }
 

@@ -20,7 +20,7 @@ pub(crate) mod tiles;
 pub(crate) mod vector;
 
 pub use packed::PackedMatrix;
-pub use rewrite::{PANEL_OUTPUTS, add_product};
+pub use rewrite::{PANEL_OUTPUTS, Portion, add_product, rewrite};
 
 pub(crate) use blocks::copy_run;
 pub(crate) use epilogue::{Finish, Output, Square};

@@ -4,47 +4,140 @@
 //!
 //! It deliberately does not know where changes come from. A panel is widened to
 //! float32 as `[k][32 outputs]`, the caller changes it, and it is rounded once
-//! more as packing does.
+//! more as packing does, a strip at a time that never leaves the first cache.
+//! Of all this only the product takes long; the rest is reading and writing the
+//! weights once, and the system's clearing of fresh pages, which is why all
+//! matrices go into one [`Arena`].
 
 use std::ops::Range;
 
-use super::packed::{PANEL, PackedMatrix, TILE_K, of_bits, rounded};
+use super::packed::{PANEL, PackedMatrix, TILE_K, rounded};
+use crate::aligned::HUGE_PAGE;
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, run};
 use crate::split::Shared;
-use crate::{AlignedVec, Cpu, Element, ElementKind, Isa};
+use crate::{Arena, Cpu, Element, ElementKind, Isa};
 
-/// Outputs of a panel: the width of what [`PackedMatrix::rewritten`] hands out.
+/// Outputs of a panel: the width of what [`rewrite`] hands out.
 pub const PANEL_OUTPUTS: usize = PANEL;
 
+/// Rows of a strip, a multiple of a tile's height: in float32, with what a
+/// product of rank 64 takes beside it, it stays in the first cache.
+const STRIP: usize = 64;
+
+/// How much of a panel [`rewrite`] hands out at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Portion {
+    /// A few rows that stay in the first cache.
+    Strip,
+    /// All rows, for changes that depend on all of them.
+    Panel,
+}
+
+/// Matrices of the same shapes and layouts with other values, in memory of
+/// `arena`. `begin` is called once for each panel, from several threads, with
+/// the matrix's place in `bases` and the outputs that the panel holds (at most
+/// [`PANEL_OUTPUTS`]). What it returns is called with the panel's weights as
+/// float32, `[rows][PANEL_OUTPUTS]`, and the range of these rows, portion by
+/// portion; columns beyond the outputs are zero and have to stay so.
+///
+/// # Panics
+/// When the arena has less left than all of [`PackedMatrix::bytes`].
+pub fn rewrite<T: Element, E: FnMut(Range<usize>, &mut [f32])>(
+    cpu: &Cpu,
+    bases: &[&PackedMatrix<T>],
+    arena: &mut Arena,
+    portion: Portion,
+    begin: impl Fn(usize, Range<usize>) -> E + Sync,
+) -> Vec<PackedMatrix<T>> {
+    let mut data: Vec<_> = bases.iter().map(|base| arena.take(base.panels() * base.panel_len())).collect();
+    let shared: Vec<_> = data.iter_mut().map(|data| Shared::new(data.as_mut_slice())).collect();
+    let runs = runs(bases);
+    cpu.parallel(runs.len(), |i| {
+        for &(matrix, p) in &runs[i] {
+            let base = bases[matrix];
+            // SAFETY: each panel is in one run alone, and each run is one task.
+            let to = unsafe { shared[matrix].part(p * base.panel_len(), base.panel_len()) };
+            let mut edit = begin(matrix, base.outputs_of(p));
+            base.portions(cpu.isa(), p, portion, |rows, values| {
+                let padded = rows.start * PANEL..rows.start * PANEL + values.len();
+                edit(rows.clone(), &mut values[..rows.len() * PANEL]);
+                run(cpu.isa(), Narrow { values, panel: &mut to[padded] });
+            });
+        }
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a fence touches nothing. It puts the streamed stores before whatever
+        // tells the others that this task is done.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+    });
+    drop(shared);
+    bases.iter().zip(data).map(|(base, data)| base.with_data(data)).collect()
+}
+
+/// All panels, as pairs of matrix and panel, one run for each huge page that
+/// they lie in: threads that write to the same fresh page would both clear it,
+/// and one of them in vain.
+fn runs<T: Element>(bases: &[&PackedMatrix<T>]) -> Vec<Vec<(usize, usize)>> {
+    let mut runs: Vec<Vec<(usize, usize)>> = vec![];
+    let mut offset = 0;
+    for (matrix, base) in bases.iter().enumerate() {
+        for p in 0..base.panels() {
+            let page = offset / HUGE_PAGE;
+            runs.resize_with(runs.len().max(page + 1), Vec::new);
+            runs[page].push((matrix, p));
+            offset += base.panel_len() * size_of::<T>();
+        }
+    }
+    runs
+}
+
 impl<T: Element> PackedMatrix<T> {
-    /// A matrix of the same shape and layout with other values. `edit` is
-    /// called once for each panel, from several threads, with the outputs that
-    /// it holds (at most [`PANEL_OUTPUTS`]) and their weights as float32,
-    /// `[k][PANEL_OUTPUTS]`; columns beyond the outputs are zero and have to
-    /// stay so.
-    pub fn rewritten(&self, cpu: &Cpu, edit: impl Fn(Range<usize>, &mut [f32]) + Sync) -> Self {
-        let mut data = AlignedVec::<T>::zeroed(self.panels() * self.panel_len());
-        let shared = Shared::new(data.as_mut_slice());
-        let padded = match T::KIND {
-            ElementKind::F32 => self.k(),
-            ElementKind::Bf16 => self.k().next_multiple_of(TILE_K),
-        };
+    /// Calls `visit` with each panel's outputs and weights, `[k][PANEL_OUTPUTS]`
+    /// in float32, from several threads.
+    pub fn visit(&self, cpu: &Cpu, visit: impl Fn(Range<usize>, &mut [f32]) + Sync) {
         cpu.parallel(self.panels(), |p| {
-            let mut scratch = Scratch::take(padded * PANEL);
-            let values = scratch.as_mut_slice();
-            run(cpu.isa(), Widen { panel: self.panel(p), values: &mut *values });
-            edit(self.outputs_of(p), &mut values[..self.k() * PANEL]);
-            // SAFETY: each task takes its own panel.
-            let to = unsafe { shared.part(p * self.panel_len(), self.panel_len()) };
-            run(cpu.isa(), Narrow { values, panel: to });
+            self.portions(cpu.isa(), p, Portion::Panel, |rows, values| {
+                visit(self.outputs_of(p), &mut values[..rows.len() * PANEL]);
+            });
         });
-        self.with_data(data)
+    }
+
+    /// Widens a panel, with the rows that it is padded with, portion by
+    /// portion; `body` is told the range of those that count.
+    fn portions(&self, isa: Isa, p: usize, portion: Portion, mut body: impl FnMut(Range<usize>, &mut [f32])) {
+        let panel = self.panel(p);
+        let height = match portion {
+            Portion::Strip => STRIP,
+            Portion::Panel => (panel.len() / PANEL).max(1),
+        };
+        let mut scratch = Scratch::take(height * PANEL);
+        for (i, part) in panel.chunks(height * PANEL).enumerate() {
+            prefetch(part.as_ptr().wrapping_add(part.len()), part.len().min(STRIP * PANEL));
+            let values = &mut scratch.as_mut_slice()[..part.len()];
+            run(isa, Widen { panel: part, values: &mut *values });
+            let start = i * height;
+            body(start..self.k().min(start + height), values);
+        }
     }
 }
 
+/// Asks for what is read next: the processor's own prefetching stops at the
+/// end of each small page.
+fn prefetch<T>(from: *const T, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..(len * size_of::<T>()).div_ceil(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch touches nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(line * 64)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, len);
+}
+
 /// `panel[k][32] += left[k][rank] * right[rank][32]`, for use in
-/// [`PackedMatrix::rewritten`].
+/// [`rewrite`].
 ///
 /// # Panics
 /// When a slice's length does not fit.
@@ -67,6 +160,8 @@ struct AddProduct<'a> {
 /// Rows of the panel that are summed at once: with two vectors a row, eight
 /// sums hide the latency of a multiply-add and fit into 16 registers.
 const ROWS: usize = 4;
+/// The same for the 32 registers of AVX-512.
+const ROWS_512: usize = 8;
 
 impl Kernel for AddProduct<'_> {
     type Output = ();
@@ -77,6 +172,10 @@ impl Kernel for AddProduct<'_> {
         let mut row = 0;
         // SAFETY: `add_product` has checked the lengths; the set is there by the contract.
         unsafe {
+            while S::LANES == 16 && row + ROWS_512 <= rows {
+                self.rows::<S, ROWS_512>(row);
+                row += ROWS_512;
+            }
             while row + ROWS <= rows {
                 self.rows::<S, ROWS>(row);
                 row += ROWS;
@@ -188,31 +287,86 @@ impl<T: Element> Kernel for Narrow<'_, T> {
                 }
             }
             ElementKind::Bf16 => {
+                assert!(self.panel.as_ptr().addr().is_multiple_of(64), "a panel starts on a cache line");
                 for (i, pairs) in self.panel.chunks_exact_mut(2 * COLUMNS).enumerate() {
                     let (row, column) = place(i);
                     let (even, odd) = self.values[row * PANEL..][..2 * PANEL].split_at(PANEL);
                     let (even, odd) = (&even[column..][..COLUMNS], &odd[column..][..COLUMNS]);
-                    // Sixteen words of two values each: the compiler makes vectors of that,
-                    // which it does not where it sees single halves.
+                    // Each word is a pair, on the little-endian machines that there are.
                     let mut words = [0_u32; COLUMNS];
                     for ((word, even), odd) in words.iter_mut().zip(even).zip(odd) {
                         *word = rounded(*even) >> 16 | rounded(*odd) & 0xffff_0000;
                     }
-                    for (to, word) in pairs.chunks_exact_mut(2).zip(words) {
-                        to[0] = of_bits(word as u16);
-                        to[1] = of_bits((word >> 16) as u16);
-                    }
+                    // SAFETY: the panel starts on a line, as was just looked at, and these
+                    // 32 values of two bytes are one line of it.
+                    unsafe { stream(pairs.as_mut_ptr(), &words) };
                 }
             }
         }
     }
 }
 
+/// Writes sixteen pairs, a cache line. It goes past the caches: whoever reads
+/// it comes long after, and through them the line would be read first.
+///
+/// # Safety
+/// `to` is the start of a line that may be written.
+#[inline(always)]
+#[cfg(target_arch = "x86_64")]
+unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+    for i in 0..4 {
+        // SAFETY: four vectors are sixteen words; the line is the caller's
+        // promise. `rewrite` puts a fence behind the last store.
+        unsafe {
+            let part = _mm_loadu_si128(words.as_ptr().add(4 * i).cast());
+            _mm_stream_si128(to.cast::<__m128i>().add(i), part);
+        }
+    }
+}
+
+/// Writes sixteen pairs.
+///
+/// # Safety
+/// `to` is the start of a line that may be written.
+#[inline(always)]
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
+    // SAFETY: a line is sixteen words, and elements of this kind have two bytes.
+    unsafe { to.cast::<[u32; COLUMNS]>().write(*words) };
+}
+
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::testing::{Values, every_cpu};
-    use half::bf16;
+
+    /// One matrix with other values, in memory that held others before; the
+    /// same by panels and by strips.
+    fn rewritten<T: Element>(
+        cpu: &Cpu,
+        base: &PackedMatrix<T>,
+        edit: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) -> PackedMatrix<T> {
+        let mut arena = Arena::new(4 * base.bytes());
+        let elements = 4 * base.bytes() / size_of::<T>();
+        arena.take(elements).as_mut_slice().fill(T::from_f32(f32::NAN));
+        assert!(arena.reuse());
+        let mut all = vec![];
+        for portion in [Portion::Panel, Portion::Strip] {
+            all.extend(rewrite(cpu, &[base, base], &mut arena, portion, |_, outputs| {
+                let edit = &edit;
+                move |rows, values: &mut [f32]| edit(outputs.clone(), rows, values)
+            }));
+        }
+        let last = all.remove(3);
+        for p in 0..base.panels() {
+            assert!(all.iter().all(|one| one.panel(p) == last.panel(p)), "one edit, one matrix");
+        }
+        last
+    }
 
     /// Packs, rewrites without a change, and looks whether all bits are there.
     fn unchanged<T: Element>(geglu: bool) {
@@ -226,7 +380,7 @@ mod tests {
                     true => PackedMatrix::<T>::pack_geglu(&cpu, n, k, row),
                     false => PackedMatrix::<T>::pack(&cpu, n, k, row),
                 };
-                let again = packed.rewritten(&cpu, |_, _| {});
+                let again = rewritten(&cpu, &packed, |_, _, _| {});
                 assert_eq!((again.n(), again.k(), again.is_geglu()), (n, k, geglu));
                 for p in 0..packed.panels() {
                     assert_eq!(again.panel(p), packed.panel(p), "{n}x{k}, panel {p}");
@@ -267,14 +421,14 @@ mod tests {
                     true => PackedMatrix::<T>::pack_geglu(&cpu, n, k, row),
                     false => PackedMatrix::<T>::pack(&cpu, n, k, row),
                 };
-                let got = pack(&base).rewritten(&cpu, |outputs, panel| {
+                let got = rewritten(&cpu, &pack(&base), |outputs, rows, values| {
                     let mut right = vec![0.0; rank * PANEL];
                     for (column, i) in outputs.enumerate() {
                         for r in 0..rank {
                             right[r * PANEL + column] = up[i * rank + r];
                         }
                     }
-                    add_product(cpu.isa(), panel, &left, &right);
+                    add_product(cpu.isa(), values, &left[rows.start * rank..rows.end * rank], &right);
                 });
                 let want = pack(&added);
                 for p in 0..want.panels() {

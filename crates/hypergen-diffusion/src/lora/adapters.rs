@@ -29,8 +29,7 @@ struct Part {
 /// Changed weights of a set of LoRAs.
 struct Set {
     parts: Vec<Part>,
-    changed: Vec<Changed>,
-    bytes: usize,
+    changed: Changed,
     /// A number that tells its text encoders' weights from all others; 0 where
     /// they are the loaded ones.
     text: u64,
@@ -59,7 +58,7 @@ impl Adapters {
 
     /// Bytes of changed weights that are held.
     pub(crate) fn held(&self) -> usize {
-        self.sets.iter().map(|set| set.bytes).sum()
+        self.sets.iter().map(|set| set.changed.bytes()).sum()
     }
 
     /// A number that tells the text encoders' present weights from others: 0
@@ -72,9 +71,9 @@ impl Adapters {
     ///
     /// # Errors
     /// As [`Adapters::activate`].
-    pub(crate) fn check(&self, loras: &[Lora]) -> Result<(), Error> {
+    pub(crate) fn check(&self, loras: &[Lora], device: &Device) -> Result<(), Error> {
         loras.iter().try_for_each(|lora| {
-            bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale).map(|_| ())
+            bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale, device).map(|_| ())
         })
     }
 
@@ -89,51 +88,64 @@ impl Adapters {
         if self.active && self.sets.front().is_some_and(same) {
             return Ok(());
         }
-        self.deactivate();
+        let forgotten = self.deactivate();
         if parts.is_empty() {
             return Ok(());
         }
         let set = match self.sets.iter().position(same).and_then(|at| self.sets.remove(at)) {
             Some(set) => set,
-            None => self.make(&wanted, parts, device)?,
+            None => self.make(&wanted, parts, forgotten, device)?,
         };
-        set.changed.iter().for_each(Changed::install);
+        set.changed.install();
         self.sets.push_front(set);
         self.active = true;
         Ok(())
     }
 
-    /// Goes back to the loaded weights.
-    fn deactivate(&mut self) {
+    /// Goes back to the loaded weights; what is no longer kept is handed out.
+    fn deactivate(&mut self) -> Vec<Set> {
         if std::mem::take(&mut self.active)
             && let Some(set) = self.sets.front()
         {
-            set.changed.iter().for_each(Changed::restore);
+            set.changed.restore();
         }
-        self.shrink(0);
+        self.shrink(0)
     }
 
-    /// Forgets the oldest sets until `more` bytes fit into the bound, or none is left.
-    fn shrink(&mut self, more: usize) {
-        while !self.sets.is_empty() && self.held() + more > self.limit {
-            self.sets.pop_back();
+    /// Takes out the oldest sets until `more` bytes fit into the bound, or none is left.
+    fn shrink(&mut self, more: usize) -> Vec<Set> {
+        let mut forgotten = vec![];
+        while self.held() + more > self.limit {
+            let Some(set) = self.sets.pop_back() else { break };
+            forgotten.push(set);
         }
+        forgotten
     }
 
-    fn make(&mut self, loras: &[&Lora], parts: Vec<Part>, device: &Device) -> Result<Set, Error> {
+    /// Makes a new set, in the memory of a forgotten one where that fits.
+    fn make(
+        &mut self,
+        loras: &[&Lora],
+        parts: Vec<Part>,
+        mut forgotten: Vec<Set>,
+        device: &Device,
+    ) -> Result<Set, Error> {
         let mut changes = vec![];
         let mut text = false;
         for lora in loras {
-            let bound = bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale)?;
+            let bound = bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale, device)?;
             changes.extend(bound.changes);
             text |= bound.text;
         }
         let bytes = bytes_to_change(changes.iter().map(|(module, _)| module));
-        self.shrink(bytes);
-        memory::check_lora(bytes).map_err(|e| Error { param: Some(PARAM), ..e })?;
-        let changed = apply(device, &changes);
+        forgotten.extend(self.shrink(bytes));
+        let memory = forgotten.into_iter().map(|set| set.changed.into_memory()).find(|m| m.fits(bytes));
+        if memory.is_none() {
+            memory::check_lora(bytes).map_err(|e| Error { param: Some(PARAM), ..e })?;
+        }
+        let changed = apply(device, &changes, memory);
         self.made += 1;
-        Ok(Set { parts, changed, bytes, text: if text { self.made } else { 0 } })
+        Ok(Set { parts, changed, text: if text { self.made } else { 0 } })
     }
 }
 

@@ -1,14 +1,16 @@
 //! Measures what LoRAs cost on a model: a switch to one that was not applied
-//! before, to one that is kept, to the one that is applied already; and what
-//! the other way would cost at every step, the low-rank products beside the
-//! weights. The LoRA is a file of random values for all that kohya's trainer
-//! changes by default: the attentions of the UNet and the text encoders.
+//! before, as long as that takes fresh memory and later, to one that is kept,
+//! to the one that is applied already; and what the other way would cost at
+//! every step, the low-rank products beside the weights. The LoRA is a file of
+//! random values for all that kohya's trainer changes by default, the
+//! attentions of the UNet and the text encoders, and reading it is part of a switch.
 
 use std::collections::HashMap;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use half::f16;
 use hypergen_tensor::ops::{self, Epilogue};
 use hypergen_tensor::{Checkpoint, DType, Device, Loader, Module, Tensor};
 
@@ -44,35 +46,48 @@ pub(crate) fn measure(
 ) -> Result<Vec<Measured>, Error> {
     let modules: Vec<(Component, Module)> =
         adapters.targets().modules().iter().filter(|(c, m)| by_default(*c, m.name())).cloned().collect();
-    let file = File::write(&modules, rank)?;
-    let with = |scale: f64| vec![Lora { name: "random".to_owned(), path: file.0.clone(), scale }];
-    let mut timed = |loras: &[Lora]| -> Result<Duration, Error> {
+    let half = File::write(&modules, rank, "F16", |v| f16::from_f32(v).to_le_bytes().to_vec())?;
+    let single = File::write(&modules, rank, "F32", |v| v.to_le_bytes().to_vec())?;
+    // Scales that were never there before.
+    let mut scales = (0..).map(|i| 0.5 + f64::from(i) / 100.0);
+    let mut next = || scales.next().unwrap_or_default();
+    let mut timed = |file: &File, scale: f64| -> Result<(Duration, usize), Error> {
+        let lora = Lora { name: "random".to_owned(), path: file.0.clone(), scale };
         let started = Instant::now();
-        adapters.activate(loras, subject.device)?;
-        Ok(started.elapsed())
+        adapters.activate(&[lora], subject.device)?;
+        Ok((started.elapsed(), adapters.held()))
     };
-    let (mut switch, mut cached, mut unchanged) = (vec![], vec![], vec![]);
-    for round in 0..=ROUNDS {
-        // A scale that was never there before.
-        let first = with(0.5 + round as f64 / 100.0);
-        let elapsed = [timed(&first)?, timed(&first)?, timed(&[])?, timed(&first)?];
-        timed(&[])?;
-        // The first round reads the file from the disk and wakes the memory.
-        if round > 0 {
-            switch.push(elapsed[0]);
-            unchanged.push(elapsed[1]);
-            cached.push(elapsed[3]);
+    // Until as much is kept as may be, every switch takes fresh memory.
+    let (mut first, mut held) = (vec![], 0);
+    loop {
+        let (elapsed, now) = timed(&half, next())?;
+        if now == held {
+            break;
         }
+        first.push(elapsed);
+        held = now;
     }
+    let (mut switch, mut wide, mut kept, mut same) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..ROUNDS {
+        let scale = next();
+        switch.push(timed(&half, scale)?.0);
+        same.push(timed(&half, scale)?.0);
+        timed(&half, 0.0)?;
+        kept.push(timed(&half, scale)?.0);
+        wide.push(timed(&single, next())?.0);
+    }
+    timed(&half, 0.0)?;
     let stage = |stage, times: &[Duration]| Measured {
         stage,
         seconds: times.iter().map(Duration::as_secs_f64).collect(),
         flop: 0,
     };
     Ok(vec![
+        stage("lora_first", &first),
         stage("lora_switch", &switch),
-        stage("lora_kept", &cached),
-        stage("lora_same", &unchanged),
+        stage("lora_switch_f32", &wide),
+        stage("lora_kept", &kept),
+        stage("lora_same", &same),
         Measured { stage: "lora_beside", seconds: beside(&modules, subject, rank)?, flop: 0 },
     ])
 }
@@ -135,36 +150,40 @@ fn tokens(module: &str, subject: &Subject<'_>) -> usize {
 struct File(PathBuf);
 
 impl File {
-    fn write(modules: &[(Component, Module)], rank: usize) -> Result<Self, Error> {
+    /// As kohya's trainer writes it, in the number type `dtype`, into which
+    /// `store` turns a value.
+    fn write(
+        modules: &[(Component, Module)],
+        rank: usize,
+        dtype: &str,
+        store: impl Fn(f32) -> Vec<u8>,
+    ) -> Result<Self, Error> {
         let (mut header, mut data) = (serde_json::Map::new(), vec![]);
-        let mut state = 1_u64;
-        let mut put = |name: String, rows: usize, columns: usize| {
+        let mut put = |name: String, shape: &[usize], values: &mut dyn FnMut() -> f32| {
             let start = data.len();
-            for _ in 0..rows * columns {
-                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-                // Two upper bytes of a float in -0.01 to 0.01 are its bfloat16.
-                let value = ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.01;
-                data.extend_from_slice(&value.to_le_bytes()[2..]);
-            }
-            let shape = [rows, columns];
-            header.insert(
-                name,
-                serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, data.len()]}),
-            );
+            (0..shape.iter().product()).for_each(|_: usize| data.extend(store(values())));
+            let offsets = [start, data.len()];
+            header.insert(name, serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+        };
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.01
         };
         for (component, module) in modules {
             let part = match component {
-                Component::UNet => "unet",
-                Component::Text => "text_encoder",
-                Component::Text2 => "text_encoder_2",
+                Component::UNet => "lora_unet",
+                Component::Text => "lora_te1",
+                Component::Text2 => "lora_te2",
             };
-            let name = module.name();
-            put(format!("{part}.{name}.lora_A.weight"), rank, module.inputs());
-            put(format!("{part}.{name}.lora_B.weight"), module.outputs(), rank);
+            let name = format!("{part}_{}", module.name().replace('.', "_"));
+            put(format!("{name}.alpha"), &[], &mut || rank as f32);
+            put(format!("{name}.lora_down.weight"), &[rank, module.inputs()], &mut random);
+            put(format!("{name}.lora_up.weight"), &[module.outputs(), rank], &mut random);
         }
         let header = serde_json::Value::Object(header).to_string();
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
-        let name = format!("hypergen-bench-{}-{rank}.safetensors", std::process::id());
+        let name = format!("hypergen-bench-{}-{rank}-{dtype}.safetensors", std::process::id());
         let path: PathBuf = Path::new(&std::env::temp_dir()).join(name);
         std::fs::write(&path, bytes)
             .map_err(|e| lora_error(format!("cannot write {}: {e}", path.display())))?;

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use hypergen_tensor::{Change, Delta, Magnitude, Module, Product};
+use hypergen_tensor::{Change, Delta, Device, Magnitude, Module, Product};
 
 use super::file::{Entry, LoraFile, SD1, SD2, SDXL};
 use super::names::{Component, Place, Role, newer, original_path, path};
@@ -87,11 +87,12 @@ pub(super) struct Bound {
 /// # Errors
 /// When the model has no such module, or one of another shape; where the file
 /// is for another family, the message says for which.
-pub(super) fn bind(file: &LoraFile, targets: &Targets, scale: f64) -> Result<Bound, Error> {
+pub(super) fn bind(file: &LoraFile, targets: &Targets, scale: f64, device: &Device) -> Result<Bound, Error> {
     let label = file.checkpoint.label();
-    let mut bound = Bound { changes: vec![], text: false };
     let mut absent = vec![];
     let mut seen = HashMap::new();
+    let mut readers = vec![];
+    let mut text = false;
     for entry in &file.entries {
         let Some((component, module)) = targets.find(&entry.place) else {
             absent.push(entry.name.as_str());
@@ -100,16 +101,19 @@ pub(super) fn bind(file: &LoraFile, targets: &Targets, scale: f64) -> Result<Bou
         if let Some(twin) = seen.insert((*component, module.name()), &entry.name) {
             return Err(lora_error(format!("{label}: '{twin}' and '{}' are the same module", entry.name)));
         }
-        bound.text |= *component != Component::UNet;
-        let change = Reader { file, entry, module }.change(scale);
-        let change = change.map_err(|e| match (&e, other_family(file, targets)) {
-            (Fault::Shape(_), Some(family)) => lora_error(family),
-            (Fault::Shape(message) | Fault::Other(message), _) => lora_error(format!("{label}: {message}")),
-        })?;
-        bound.changes.push((module.clone(), change));
+        text |= *component != Component::UNet;
+        readers.push(Reader { file, entry, module });
     }
+    let changes: Result<Vec<(Module, Change)>, Fault> = device
+        .map(readers.len(), |i| Ok((readers[i].module.clone(), readers[i].change(scale)?)))
+        .into_iter()
+        .collect();
+    let changes = changes.map_err(|e| match (&e, other_family(file, targets)) {
+        (Fault::Shape(_), Some(family)) => lora_error(family),
+        (Fault::Shape(message) | Fault::Other(message), _) => lora_error(format!("{label}: {message}")),
+    })?;
     if absent.is_empty() {
-        return Ok(bound);
+        return Ok(Bound { changes, text });
     }
     Err(lora_error(other_family(file, targets).unwrap_or_else(|| {
         format!(
@@ -353,7 +357,9 @@ impl Reader<'_> {
         let shape = self.file.shape(self.entry, role).unwrap_or_default();
         let values =
             self.file.checkpoint.tensor(name, shape).map_err(|e| Fault::Other(e.to_string()))?.to_vec();
-        match values.iter().all(|v| v.is_finite()) {
+        // Without a way out in the middle a run takes a few instructions.
+        let finite = |run: &[f32]| run.iter().fold(true, |all, v| all & v.is_finite());
+        match values.chunks(1024).all(finite) {
             true => Ok(values),
             false => Err(Fault::Other(format!(
                 "'{name}' holds values that are not finite: the training that made it has failed"

@@ -148,14 +148,17 @@ fn every_kind_changes_a_matrix_and_a_convolution() {
         };
         let base = read();
         let kinds = kinds(34, 6, taps);
+        let mut memory = None;
         for changes in kinds.chunks(1).chain([&kinds[..]]) {
             let pairs: Vec<_> = changes.iter().map(|c| (module.clone(), c.clone())).collect();
-            let changed = apply(&device, &pairs);
+            let changed = apply(&device, &pairs, memory);
             assert_eq!(read(), base, "nothing is installed yet");
-            changed.iter().for_each(Changed::install);
+            changed.install();
             close(&read(), &expected(&base, changes, 34, 6, taps), name);
-            changed.iter().for_each(Changed::restore);
+            changed.restore();
             assert_eq!(read(), base, "every bit is back");
+            // The next is written over this one.
+            memory = Some(changed.into_memory());
         }
     }
 }
@@ -174,11 +177,11 @@ fn stacked_modules_change_apart() {
     let names: Vec<&str> = modules.iter().map(Module::name).collect();
     assert_eq!(names, ["q", "k", "v"]);
     let change = kinds(20, 5, 1).remove(0);
-    let changed =
-        apply(&device, &[(modules[1].clone(), change.clone()), (modules[2].clone(), change.clone())]);
-    assert_eq!(changed.len(), 1, "both are in one matrix");
-    assert_eq!(bytes_to_change(&modules), changed[0].bytes());
-    changed[0].install();
+    let both = [(modules[1].clone(), change.clone()), (modules[2].clone(), change.clone())];
+    let changed = apply(&device, &both, None);
+    assert_eq!(changed.matrices.len(), 1, "both are in one matrix");
+    assert_eq!(bytes_to_change(&modules), changed.bytes());
+    changed.install();
     let got = read();
     assert_eq!(got[..100], base[..100], "the first part stays");
     for part in [100..200, 200..300] {
