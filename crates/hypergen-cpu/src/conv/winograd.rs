@@ -239,13 +239,16 @@ unsafe fn outputs_of_square<S: Registers>(sums: *const f32, to: *mut f32) {
     // SAFETY: the caller's contract.
     unsafe {
         for column in (0..PANEL).step_by(S::LANES) {
-            let at = |place: usize| S::load_f32(sums.add(place * SQUARES * PANEL + column));
+            // Only pointers: vectors that a closure returns would go through memory.
+            let at = |place: usize| sums.wrapping_add(place * SQUARES * PANEL + column);
             // Over the lines of the square, then over its columns.
             let mut lines = [[S::splat(0.0); 4]; 2];
-            for j in 0..4 {
-                let [a, b, c, d] = [at(j), at(4 + j), at(8 + j), at(12 + j)];
-                lines[0][j] = S::add(S::add(a, b), c);
-                lines[1][j] = S::sub(S::sub(b, c), d);
+            let [upper, lower] = &mut lines;
+            for (j, (upper, lower)) in upper.iter_mut().zip(lower).enumerate() {
+                let (a, b) = (S::load_f32(at(j)), S::load_f32(at(4 + j)));
+                let (c, d) = (S::load_f32(at(8 + j)), S::load_f32(at(12 + j)));
+                *upper = S::add(S::add(a, b), c);
+                *lower = S::sub(S::sub(b, c), d);
             }
             for (i, [a, b, c, d]) in lines.into_iter().enumerate() {
                 let to = to.add(i * 2 * SQUARES * PANEL + column);
