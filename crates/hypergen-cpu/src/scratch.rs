@@ -13,7 +13,7 @@ const BUFFERS: usize = 4;
 
 /// Floats of a huge page, which larger buffers take whole: a laid out picture
 /// is walked in strides that would otherwise miss the TLB.
-const HUGE_PAGE: usize = (2 << 20) / 4;
+const HUGE_PAGE: usize = crate::aligned::HUGE_PAGE / size_of::<f32>();
 
 thread_local! {
     static KEPT: RefCell<Vec<AlignedVec<f32>>> = const { RefCell::new(Vec::new()) };

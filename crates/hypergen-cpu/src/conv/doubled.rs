@@ -11,11 +11,8 @@
 //! sizes, other windows, and epilogues that read something for each pixel.
 
 use super::{ConvShape, Windows};
-use crate::gemm::{Epilogue, Finish, Output, PackedMatrix, Square, multiply};
+use crate::gemm::{Epilogue, Finish, Output, PackedMatrix, Square, TILE_K, multiply};
 use crate::{Cpu, Element};
-
-/// Values of `k` that each tap must fill whole: a tile's, of any type.
-const WHOLE: usize = 32;
 
 /// Kernel lines (or columns) that fall on each of the two stored ones: of
 /// output pixels that are first in their square, and of those that are second.
@@ -23,10 +20,9 @@ const TAPS: [[&[usize]; 2]; 2] = [[&[0], &[1, 2]], [&[0, 1], &[2]]];
 
 /// Whether [`conv2d`] computes this.
 pub(super) fn applies<T>(s: &ConvShape, epilogue: &Epilogue<'_, T>) -> bool {
-    let window = (s.kernel_h, s.kernel_w, s.stride, s.pad_top, s.pad_left) == (3, 3, 1, 1, 1);
     let doubled = (s.up_h, s.up_w) == (2 * s.in_h, 2 * s.in_w) && (s.out_h, s.out_w) == (s.up_h, s.up_w);
     let plain = epilogue.group_bias.is_none() && epilogue.residual.is_none();
-    window && doubled && plain && s.in_c.is_multiple_of(WHOLE)
+    s.is_centred_three_by_three() && doubled && plain && s.in_c.is_multiple_of(TILE_K)
 }
 
 /// As [`super::conv2d`], for what [`applies`]; lengths are checked there.

@@ -50,6 +50,14 @@ pub struct ConvShape {
     pub out_w: usize,
 }
 
+impl ConvShape {
+    /// Whether the window has 3x3 taps at every pixel, the middle one over it:
+    /// what the special forms of convolution are made for.
+    fn is_centred_three_by_three(&self) -> bool {
+        (self.kernel_h, self.kernel_w, self.stride, self.pad_top, self.pad_left) == (3, 3, 1, 1, 1)
+    }
+}
+
 /// Source row or column of nearest-neighbour upsampling, as PyTorch computes
 /// it: in float32, rounded down.
 pub(crate) fn nearest(dst: usize, input: usize, output: usize) -> usize {

@@ -15,12 +15,11 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{ConvShape, nearest};
+use crate::gemm::TILE_K;
 use crate::gemm::amx::Run;
 use crate::gemm::tiles::{Left, MAX_RUNS, Order, Spot};
 use crate::simd::Simd;
 
-/// Values of `k` in a step, as weights are packed.
-const STEP_K: usize = 32;
 /// Bytes of a panel's step.
 const STEP_BYTES: usize = 2048;
 /// Rows of a tile.
@@ -53,18 +52,18 @@ impl<'a> Strips<'a> {
     /// `None` where channels do not fill whole steps or the window is huge.
     pub(super) fn new(x: &'a [bf16], shape: ConvShape) -> Option<Self> {
         let taps = shape.kernel_h * shape.kernel_w;
-        let fits = shape.in_c > 0 && shape.in_c.is_multiple_of(STEP_K) && taps > 0 && taps <= MAX_RUNS;
+        let fits = shape.in_c > 0 && shape.in_c.is_multiple_of(TILE_K) && taps > 0 && taps <= MAX_RUNS;
         if !fits || shape.batch * shape.out_h * shape.out_w == 0 {
             return None;
         }
-        let steps = shape.in_c / STEP_K;
+        let steps = shape.in_c / TILE_K;
         let within_lines = shape.out_w.is_multiple_of(TILE_ROWS);
         Some(Self { x, shape, within_lines, steps, chunks: steps.div_ceil(chunk_steps(steps, taps)) })
     }
 
     /// Values from one pixel of a strip to the next: the longest chunk.
     fn pixel(&self) -> usize {
-        self.steps.div_ceil(self.chunks) * STEP_K
+        self.steps.div_ceil(self.chunks) * TILE_K
     }
 
     fn chunk(&self, chunk: usize) -> Range<usize> {
@@ -179,7 +178,7 @@ unsafe fn zero(to: *mut bf16, len: usize) {
 /// The machine has the set of `S`, and `len` values are readable and writable.
 #[inline(always)]
 unsafe fn copy_pixel<S: Simd>(from: *const bf16, to: *mut bf16, len: usize) {
-    for i in (0..len).step_by(STEP_K) {
+    for i in (0..len).step_by(TILE_K) {
         // SAFETY: the caller's contract.
         unsafe {
             to.add(i).cast::<[u64; 8]>().write_unaligned(from.add(i).cast::<[u64; 8]>().read_unaligned());
@@ -239,7 +238,7 @@ impl Left for Strips<'_> {
         let (lines, pictures) = self.extent(rows.len());
         let (width, height) = self.strip(lines);
         let channels = self.chunk(chunk);
-        let channels = channels.start * STEP_K..channels.end * STEP_K;
+        let channels = channels.start * TILE_K..channels.end * TILE_K;
         let first_line = rows.start % self.span() / s.out_w;
         let top = (first_line * s.stride) as isize - s.pad_top as isize;
         let left = -(s.pad_left as isize);

@@ -32,17 +32,17 @@ const PANELS: usize = 4;
 const LEAST_PIXELS: usize = 32 * 32;
 
 /// Weights of an input and an output channel, at most: 80 MiB transformed.
-const MOST_WEIGHTS: usize = 80 << 20 >> 6;
+const MOST_WEIGHTS: usize = (80 << 20) / (PLACES * size_of::<f32>());
 
 /// Transforms three taps to four places: `G` of the paper.
 const TAPS: [[f32; 3]; 4] = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]];
 
 /// Whether [`conv2d`] computes this.
 pub(super) fn applies<T: Element>(s: &ConvShape, n: usize) -> bool {
-    let window = (s.kernel_h, s.kernel_w, s.stride, s.pad_top, s.pad_left) == (3, 3, 1, 1, 1);
     let same = (s.in_h, s.in_w) == (s.up_h, s.up_w) && (s.in_h, s.in_w) == (s.out_h, s.out_w);
     let large = s.in_h * s.in_w >= LEAST_PIXELS && s.in_c >= PANEL && n >= PANEL;
-    T::KIND == ElementKind::F32 && window && same && large && s.in_c * n <= MOST_WEIGHTS
+    let worth = same && large && s.in_c * n <= MOST_WEIGHTS;
+    T::KIND == ElementKind::F32 && s.is_centred_three_by_three() && worth
 }
 
 /// As [`super::conv2d`], for what [`applies`]; lengths are checked there.

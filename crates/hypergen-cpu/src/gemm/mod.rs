@@ -24,7 +24,7 @@ pub use rewrite::{PANEL_OUTPUTS, Portion, add_product, rewrite};
 
 pub(crate) use blocks::copy_run;
 pub(crate) use epilogue::{Finish, Output, Square};
-pub(crate) use packed::PANEL;
+pub(crate) use packed::{PANEL, TILE_K};
 
 use half::bf16;
 

@@ -264,7 +264,7 @@ impl<T: Element> Kernel for Interleave<'_, T> {
                         // which it does not where it sees single halves.
                         let mut words = [0_u32; TILE_K / 2];
                         for (word, pair) in words.iter_mut().zip(values.chunks_exact(2)) {
-                            *word = rounded(pair[0]) >> 16 | rounded(pair[1]) & 0xffff_0000;
+                            *word = rounded_pair(pair[0], pair[1]);
                         }
                         for (pair, word) in tile.chunks_exact_mut(2 * GROUP).zip(words) {
                             pair[2 * column] = of_bits(word as u16);
@@ -284,6 +284,12 @@ pub(super) fn rounded(value: f32) -> u32 {
     let bits = value.to_bits();
     let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { up }
+}
+
+/// Two floats as a word of two bfloat16, the first in the lower half.
+#[inline(always)]
+pub(super) fn rounded_pair(low: f32, high: f32) -> u32 {
+    rounded(low) >> 16 | rounded(high) & 0xffff_0000
 }
 
 /// The element of these bits; only asked for bfloat16.

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::packed::{PANEL, PackedMatrix, TILE_K, rounded};
+use super::packed::{PANEL, PackedMatrix, TILE_K, rounded_pair};
 use crate::aligned::HUGE_PAGE;
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, run};
@@ -295,7 +295,7 @@ impl<T: Element> Kernel for Narrow<'_, T> {
                     // Each word is a pair, on the little-endian machines that there are.
                     let mut words = [0_u32; COLUMNS];
                     for ((word, even), odd) in words.iter_mut().zip(even).zip(odd) {
-                        *word = rounded(*even) >> 16 | rounded(*odd) & 0xffff_0000;
+                        *word = rounded_pair(*even, *odd);
                     }
                     // SAFETY: the panel starts on a line, as was just looked at, and these
                     // 32 values of two bytes are one line of it.
@@ -340,6 +340,7 @@ unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
 mod tests {
     use half::bf16;
 
+    use super::super::packed::rounded;
     use super::*;
     use crate::testing::{Values, every_cpu};
 
