@@ -58,7 +58,9 @@ class Trainer:
         # White, which plain captions mean, and the flat style are asked for most often.
         white = torch.from_numpy(np.where(self.colours == COLOUR_NAMES.index("white"), args.white, 1.0))
         flat = torch.tensor([1.5 if self.art.pictures[i].style == "flat" else 1.0 for i in self.pictures])
-        self.weights = white * flat
+        wanted = set(args.more_of.read_text().splitlines()) if args.more_of else ()
+        more = torch.tensor([args.more if self.art.pictures[i].name in wanted else 1.0 for i in self.pictures])
+        self.weights = white * flat * more
         self.alphas = models.scheduler().alphas_cumprod.to(self.device)
 
     def resume(self):
@@ -170,6 +172,8 @@ def main():
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.998, help="decay a step of the averaged weights")
     parser.add_argument("--white", type=float, default=3.0, help="how much more often white backgrounds are drawn than others")
+    parser.add_argument("--more-of", type=Path, help="a file of subjects, one a line, to draw more often: those that came later, or are missed")
+    parser.add_argument("--more", type=float, default=2.0, help="how much more often")
     parser.add_argument("--warm-start", help="a diffusers folder whose text_encoder/ and unet/ to start from")
     parser.add_argument("--save-every", type=float, default=150, help="seconds of training between checkpoints")
     parser.add_argument("--draw-every", type=float, default=450, help="seconds of training between sheets of samples")

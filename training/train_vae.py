@@ -156,6 +156,9 @@ class Trainer:
         self.step, self.clock = 0, Clock(self.device)
         self.resume()
         self.half = Half(self.vae)
+        if args.compile:
+            decoder = self.half.copies[0]
+            decoder.decode = torch.compile(decoder.decode)
         self.pictures = Pictures(self.art, self.step)
 
     def resume(self):
@@ -229,6 +232,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--warm-start", help="folder of a VAE with one level less to grow from")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder first: a minute or two that long trainings repay")
     parser.add_argument("--save-every", type=float, default=120, help="seconds of training between checkpoints")
     Trainer(parser.parse_args()).run()
 

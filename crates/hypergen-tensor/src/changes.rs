@@ -130,9 +130,11 @@ impl Changed {
         self.matrices.iter().for_each(|(slot, _)| slot.set(Arc::clone(slot.base())));
     }
 
-    /// Memory that the changed weights take.
+    /// Memory that the changed weights take, with what operations have derived
+    /// from them so far.
     pub fn bytes(&self) -> usize {
-        self.memory.0.bytes()
+        let derived: usize = self.matrices.iter().map(|(_, matrix)| matrix.derived_bytes()).sum();
+        self.memory.0.bytes() + derived
     }
 
     /// Forgets the changed weights, and keeps their memory.
@@ -148,7 +150,8 @@ impl Memory {
     }
 }
 
-/// Memory that [`apply`] would take for changes of these modules.
+/// Memory that [`apply`] would take for changes of these modules; what
+/// operations derive from them comes on top.
 pub fn bytes_to_change<'a>(modules: impl IntoIterator<Item = &'a Module>) -> usize {
     let mut slots: Vec<&Slot> = modules.into_iter().map(|m| &m.slot).collect();
     slots.sort_by_key(|slot| slot.address());

@@ -77,6 +77,14 @@ impl Matrix {
             Self::Bf16(m) => m.bytes(),
         }
     }
+
+    /// Memory of what operations have derived from it so far.
+    pub(crate) fn derived_bytes(&self) -> usize {
+        match self {
+            Self::F32(m) => m.derived_bytes(),
+            Self::Bf16(m) => m.derived_bytes(),
+        }
+    }
 }
 
 /// A packed matrix, and what stands in for it at the moment. Clones are the

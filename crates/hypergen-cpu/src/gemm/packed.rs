@@ -120,6 +120,13 @@ impl<T: Element> PackedMatrix<T> {
         std::mem::size_of_val(self.data.as_slice())
     }
 
+    /// Memory of what convolutions have derived from it so far, in bytes.
+    pub fn derived_bytes(&self) -> usize {
+        let parts = self.derived.parts.get().into_iter().flat_map(|parts| parts.iter());
+        let winograd = self.derived.winograd.get().into_iter().map(|matrix| &**matrix);
+        parts.chain(winograd).map(Self::bytes).sum()
+    }
+
     /// Whether [`PackedMatrix::pack_geglu`] made it.
     pub(crate) fn is_geglu(&self) -> bool {
         self.geglu

@@ -188,3 +188,19 @@ fn stacked_modules_change_apart() {
         close(&got[part.clone()], &expected(&base[part], std::slice::from_ref(&change), 20, 5, 1), "a part");
     }
 }
+
+#[test]
+fn what_a_convolution_derives_from_changed_weights_counts_as_theirs() {
+    let device = device();
+    let file = Checkpoint::random("random");
+    let loader = Loader::new(&file, &device, DType::F32, &|_| {});
+    let conv = loader.root().pp("conv").conv2d(32, 32, 3).expect("a layer");
+    let module = loader.modules().remove(0);
+    let changed = apply(&device, &[(module, kinds(32, 32, 9).remove(0))], None);
+    changed.install();
+    let fresh = changed.bytes();
+    let x = Tensor::from_f32(&device, [1, 4, 4, 32], DType::F32, &numbers(3, 4 * 4 * 32));
+    ops::conv2d(&x, &conv, Window::Enlarge(8, 8), Epilogue::default());
+    // Sixteen summed taps stand in for nine.
+    assert_eq!(changed.bytes(), fresh + fresh * 16 / 9);
+}
