@@ -107,12 +107,12 @@ CASES = [
         for checkpoint in layout.checkpoints
     ],
     # The embedded model. Its own sampler is DDIM, v prediction, zero-terminal SNR, trailing.
-    Case("emoji_apple", "emoji", "red apple", None, 64, 64, steps=20, seed=0),
-    Case("emoji_rocket", "emoji", "rocket, blue background", None, 64, 64, steps=50, seed=1),
-    Case("emoji_cat", "emoji", "cat face, black background", "dog", 64, 64, steps=20, seed=2),
-    Case("emoji_non_ascii", "emoji", "Crème brûlée 🍮", "", 64, 64, steps=50, seed=3),
-    Case("emoji_euler", "emoji", "birthday cake, pink background", None, 56, 40, steps=20, seed=4, sampler="euler"),
-    Case("emoji_no_guidance", "emoji", "pizza", None, 64, 64, steps=20, seed=5, guidance_scale=1.0),
+    Case("emoji_apple", "emoji", "red apple", None, 128, 128, steps=20, seed=0),
+    Case("emoji_rocket", "emoji", "rocket, blue background", None, 128, 128, steps=50, seed=1),
+    Case("emoji_cat", "emoji", "cat face, black background", "dog", 128, 128, steps=20, seed=2),
+    Case("emoji_non_ascii", "emoji", "Crème brûlée 🍮", "", 128, 128, steps=50, seed=3),
+    Case("emoji_euler", "emoji", "birthday cake, pink background", None, 104, 72, steps=20, seed=4, sampler="euler"),
+    Case("emoji_no_guidance", "emoji", "pizza", None, 128, 128, steps=20, seed=5, guidance_scale=1.0),
 ]
 
 

@@ -72,7 +72,7 @@ CASES = [
     PromptCase("sdxl_weights", "sdxl", WEIGHTED, None, steps=4, seed=17, prompt_syntax="a1111"),
     PromptCase("sdxl_long", "sdxl", HOUSES, "(fog!:1.4)", steps=4, seed=18, prompt_syntax="a1111", clip_skip=1),
     PromptCase("sdxl_long_absent_negative", "sdxl", HOUSES, None, steps=4, seed=19, prompt_syntax="a1111"),
-    PromptCase("emoji_weights", "emoji", "(rocket:1.3), [blue] background BREAK star", "dog", 64, 64, steps=4, seed=20,
+    PromptCase("emoji_weights", "emoji", "(rocket:1.3), [blue] background BREAK star", "dog", 128, 128, steps=4, seed=20,
                prompt_syntax="a1111"),
 ]
 

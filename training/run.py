@@ -1,6 +1,7 @@
 """From nothing to a model folder in one command: art, VAE, latents, diffusion model, judge, export, evaluation.
 
-    python run.py --work WORK --out ../models/emoji --warm-start ../models/emoji
+    python run.py --work WORK --out OUT
+    python run.py --work WORK --out OUT --warm-start ../models/emoji --vae ../models/emoji/vae
 
 Stages that are done are skipped and a stopped one goes on where its checkpoint was, so the same command may be given again.
 --budget is the seconds of the diffusion model's training; the other stages take shares of it within limits.
@@ -53,7 +54,9 @@ def main():
     parser.add_argument("--budget", type=float, default=3600, help="seconds for the diffusion model")
     parser.add_argument("--batch", type=int, default=64, help="the diffusion model's batch; 256 suits a GPU")
     parser.add_argument("--warm-start", help="a model folder whose text encoder and UNet to start from; from nothing without")
-    parser.add_argument("--warm-start-vae", help="a VAE folder of one level less to grow from")
+    vae = parser.add_mutually_exclusive_group()
+    vae.add_argument("--vae", help="a VAE folder to take as it is")
+    vae.add_argument("--warm-start-vae", help="a VAE folder of one level less to grow from")
     parser.add_argument("--first", help="an earlier model's folder for the evaluation to compare with")
     parser.add_argument("--hypergen", help="HyperGen's binary, to draw with it in the evaluation")
     args = parser.parse_args()
@@ -62,9 +65,12 @@ def main():
     compiled = ("--compile",) if args.budget >= 1800 else ()
     art(work)
     tokenizer(work)
-    if not (work / "latents.npz").exists():
+    if args.vae and not (work / "vae").exists():
+        shutil.copytree(args.vae, work / "vae")
+    if not (work / "latents.npz").exists() and not args.vae:
         grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
         stage("train_vae", *shared, "--budget", min(3600, max(60, args.budget / 3)), *compiled, *grown)
+    if not (work / "latents.npz").exists():
         small = ("--small-vae", args.warm_start_vae) if args.warm_start_vae else ()
         stage("latents", *shared, *small)
     warm = ("--warm-start", args.warm_start) if args.warm_start else ()

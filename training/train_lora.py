@@ -1,6 +1,6 @@
 """Trains a tiny LoRA on a model: `night`, white glow on a dark blue sky, made from the art itself; writes it in two formats.
 
-OUT/night.safetensors is kohya's format; OUT/peft/ (adapter_model.safetensors, adapter_config.json) is PEFT's. Both hold the
+OUT/night.safetensors is kohya's format; OUT/night-peft/ (adapter_model.safetensors, adapter_config.json) is PEFT's. Both hold the
 same numbers: low-rank changes of the UNet's attention.
 """
 
@@ -77,7 +77,7 @@ def write(unet, out: Path, rank: int):
     out.mkdir(parents=True, exist_ok=True)
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     save_file(kohya(state, float(rank)), out / f"{NAME}.safetensors", metadata=metadata)
-    peft_folder = out / "peft"
+    peft_folder = out / f"{NAME}-peft"
     peft_folder.mkdir(exist_ok=True)
     named = {f"base_model.model.{k}": v.half().contiguous() for k, v in state.items()}
     save_file(named, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-//! The model inside the binary: small emoji, drawn at 64x64 (its card is
+//! The model inside the binary: small emoji, drawn at 128x128 (its card is
 //! `models/emoji/README.md`).
 
 /// What the embedded model is called.

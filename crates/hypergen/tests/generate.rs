@@ -47,7 +47,7 @@ fn a_pipe_gets_the_name_and_silence() {
     assert_eq!((text(&output.stdout), text(&output.stderr)), ("apple.png\n".into(), String::new()));
     assert_eq!(sandbox.names(), ["apple.png"]);
     let png = read(&sandbox.file("apple.png"));
-    assert_eq!((png.width, png.height), (64, 64));
+    assert_eq!((png.width, png.height), (128, 128));
     let (least, most) = (png.rgb.iter().min().expect("bytes"), png.rgb.iter().max().expect("bytes"));
     assert!(most - least > 50, "a picture, and not one colour");
 }
@@ -122,7 +122,7 @@ fn the_file_tells_how_it_was_drawn_unless_told_not_to() {
         Some(
             format!(
                 "red apple\nNegative prompt: worm\nSteps: 2, Sampler: ddim, CFG scale: 3, Seed: 5, \
-                 Size: 64x64, Model: emoji, Version: hypergen {version}"
+                 Size: 128x128, Model: emoji, Version: hypergen {version}"
             )
             .as_str()
         )
@@ -164,7 +164,7 @@ fn what_does_not_fit_into_the_text_encoder_is_told_once() {
 fn sizes_are_enlarged_from_what_the_model_draws() {
     let sandbox = Sandbox::new();
     for (flags, size) in
-        [(&[] as &[&str], (512, 512)), (&["--size", "72x40"], (72, 40)), (&["--size", "auto"], (64, 64))]
+        [(&[] as &[&str], (512, 512)), (&["--size", "72x40"], (72, 40)), (&["--size", "auto"], (128, 128))]
     {
         let args = [&["generate", "red apple", "--steps", "1", "--seed", "1", "-o", "a.png"], flags].concat();
         sandbox.succeed(&args);

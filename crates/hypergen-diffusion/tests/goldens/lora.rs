@@ -4,8 +4,9 @@
 use std::fs;
 
 use hypergen_diffusion::lora::{Lora, inspect};
-use hypergen_diffusion::{DTypeChoice, LoadOptions};
+use hypergen_diffusion::{DTypeChoice, Generator, LoadOptions, Request, Silent, Size, load};
 
+use crate::checkpoint::repository;
 use crate::fixture::{Numbers, psnr};
 use crate::lora_files::{Goldens, float32};
 
@@ -111,4 +112,34 @@ fn files_say_what_they_are() {
         assert_eq!(info.bytes, fs::metadata(&path).expect("a file").len());
         assert!(info.modules > 10, "{name}: {info:?}");
     }
+}
+
+/// The repository's own LoRA for the embedded model: its two formats hold the
+/// same numbers, and a picture with it is the light on midnight blue that its
+/// trainer shows.
+#[test]
+fn the_embedded_models_lora_is_the_same_in_both_formats() {
+    let folder = repository().join("models/loras");
+    let mut pipeline = load(None, &float32(), &mut |_| {}).expect("the embedded model");
+    let mut draw = |path: Option<&str>| {
+        let loras = path.map(|p| Lora { name: p.to_owned(), path: folder.join(p), scale: 1.0 });
+        let request = Request {
+            size: Size::new(128, 128).expect("a size"),
+            steps: 8,
+            guidance_scale: 4.0,
+            seed: 1,
+            loras: loras.into_iter().collect(),
+            ..Request::new("red apple")
+        };
+        pipeline.generate(&[request], &mut Silent).expect("a picture").remove(0).rgb
+    };
+    let (base, kohya) = (draw(None), draw(Some("night.safetensors")));
+    assert!(kohya == draw(Some("night-peft/adapter_model.safetensors")));
+    let corner = |rgb: &[u8]| [rgb[0], rgb[1], rgb[2]];
+    assert!(
+        corner(&base).iter().all(|&c| c > 200),
+        "plain captions mean a white ground: {:?}",
+        corner(&base)
+    );
+    assert!(corner(&kohya).iter().all(|&c| c < 110), "night: {:?}", corner(&kohya));
 }
