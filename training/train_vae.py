@@ -139,6 +139,8 @@ def report(vae, art: Art, path: Path, device, rescale: bool) -> float:
 class Trainer:
     def __init__(self, args):
         self.args, self.work = args, Path(args.work)
+        # What is already trained comes apart at the rate that a new VAE wants.
+        self.rate = args.rate or (4e-4 if args.warm_start else 1.5e-3)
         self.device = pick_device(args.device)
         self.art = Art(self.work / "art")
         self.vae, self.old = build(), None
@@ -151,7 +153,7 @@ class Trainer:
             self.old.to(self.device, torch.bfloat16, memory_format=torch.channels_last)
         self.vae.to(self.device, memory_format=torch.channels_last)
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.ema = Ema(self.parameters, 0.998, every=5)
         self.step, self.clock = 0, Clock(self.device)
         self.resume()
@@ -201,7 +203,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         done = min(1.0, self.clock.spent / self.args.budget)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.rate * min(1, (self.step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+            group["lr"] = self.rate * min(1, (self.step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         self.optimizer.step()
         self.half.refresh()
         self.ema.update(self.step)
@@ -229,8 +231,8 @@ def main():
     parser.add_argument("--work", required=True, help="the folder with art/; results go there")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--budget", type=float, default=1200, help="seconds of training, pauses not counted")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="peak learning rate; 4e-4 for a grown VAE, 1.5e-3 for a new one")
     parser.add_argument("--warm-start", help="folder of a VAE with one level less to grow from")
     parser.add_argument("--compile", action="store_true", help="compile the decoder first: a minute or two that long trainings repay")
     parser.add_argument("--save-every", type=float, default=120, help="seconds of training between checkpoints")
