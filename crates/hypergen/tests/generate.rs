@@ -91,7 +91,7 @@ fn the_same_request_gives_the_same_bytes_with_any_number_of_threads() {
             output.stdout
         };
         let one = draw("1");
-        assert_eq!(decode(&one).rgb.len(), 64 * 64 * 3);
+        assert_eq!(decode(&one).rgb.len(), 128 * 128 * 3);
         for threads in ["1", "2", "3"] {
             assert!(draw(threads) == one, "{dtype} with {threads} threads");
         }
