@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-
-
 # glibc gives large freed blocks back to the kernel, which clears them anew at the next use: an eighth of a compiled step on a CPU.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_TOP_PAD_": str(10**9)}
 
@@ -65,12 +63,12 @@ def main():
     compiled = ("--compile",) if args.budget >= 1800 else ()
     art(work)
     tokenizer(work)
-    if args.vae and not (work / "vae").exists():
-        shutil.copytree(args.vae, work / "vae")
-    if not (work / "latents.npz").exists() and not args.vae:
-        grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
-        stage("train_vae", *shared, "--budget", min(3600, max(60, args.budget / 3)), *compiled, *grown)
     if not (work / "latents.npz").exists():
+        if args.vae:
+            shutil.copytree(args.vae, work / "vae", dirs_exist_ok=True)
+        else:
+            grown = ("--warm-start", args.warm_start_vae) if args.warm_start_vae else ()
+            stage("train_vae", *shared, "--budget", min(3600, max(60, args.budget / 3)), *compiled, *grown)
         small = ("--small-vae", args.warm_start_vae) if args.warm_start_vae else ()
         stage("latents", *shared, *small)
     warm = ("--warm-start", args.warm_start) if args.warm_start else ()
