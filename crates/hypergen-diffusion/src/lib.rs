@@ -10,6 +10,7 @@
 
 pub mod bench;
 mod conditioning;
+mod denoising;
 mod embedded;
 mod enlarge;
 pub mod families;

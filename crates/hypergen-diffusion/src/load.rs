@@ -224,7 +224,7 @@ fn predicts_noise(unet: &UNet, device: &Device, dtype: DType) -> bool {
     let text = Tensor::from_f32(device, [1, 1, context], dtype, &vec![0.0; context]);
     let conditioning = unet.condition(&text, None, None);
     let latents = Tensor::from_f32(device, [1, SIDE, SIDE, channels], dtype, &noise);
-    let answer = unet.forward(&latents, TIMESTEP, &conditioning).to_f32();
+    let answer = unet.forward(&latents, &[(&conditioning, TIMESTEP)]).to_f32();
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
     dot(&answer, &noise) > 0.5 * (dot(&answer, &answer) * dot(&noise, &noise)).sqrt()
 }

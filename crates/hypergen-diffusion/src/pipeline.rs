@@ -1,10 +1,12 @@
 //! A loaded model that draws: text, denoising steps, decoding.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
+use hypergen_tensor::{DType, Device, Tensor};
 
 use crate::conditioning::{Encoded, TextConditioner};
+use crate::denoising::{Drawing, Guidance, Noise, pass};
 use crate::enlarge::enlarge;
 use crate::finite::finite;
 use crate::lora::{Adapters, Lora};
@@ -13,7 +15,7 @@ use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
-use crate::samplers::{self, Sampler};
+use crate::samplers::{Sampler, Trajectory};
 use crate::{
     Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range,
     Request, STEPS, Size, SizeConditioning, Stage,
@@ -79,14 +81,12 @@ impl Pipeline {
             ));
         }
         requests.iter().try_for_each(|r| self.check(r))?;
-        let sampler = self.sampler(first)?;
         let size = self.drawn(first.size);
         memory::check(size, self.vae.config(), self.dtype)?;
-        let factor = self.vae.config().factor();
-        let shape =
-            [requests.len(), size.height / factor, size.width / factor, self.vae.config().latent_channels];
-
-        if self.warm.replace(shape) != Some(shape) {
+        let shape = self.latent_shape(size);
+        let [height, width, channels] = shape;
+        let warm = [requests.len(), height, width, channels];
+        if self.warm.replace(warm) != Some(warm) {
             // Buffers of other shapes are of no use to this request.
             self.device.release_unused();
         }
@@ -94,56 +94,59 @@ impl Pipeline {
         self.adapters.activate(&first.loras, &self.device)?;
         self.text.set_weights(self.adapters.text());
         let started = Instant::now();
-        let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
-        let conditioning = self.condition(requests, guided, size)?;
+        let mut drawings = requests.iter().map(|r| self.begin(r)).collect::<Result<Vec<_>, _>>()?;
         observer.stage(Stage::Text, 1, 1, started.elapsed());
-
-        let mut generators: Vec<_> = requests.iter().map(|r| TorchGenerator::new(r.seed)).collect();
-        let mut noise = |out: &mut [f32]| fill_noise(&mut generators, shape, out);
-        let mut x = vec![0.0; shape.iter().product()];
-        noise(&mut x);
-        let scale = sampler.initial_scale();
-        x.iter_mut().for_each(|x| *x *= scale);
-        let mut network = Network {
-            unet: &self.unet,
-            device: &self.device,
-            dtype: self.dtype,
-            conditioning,
-            guidance: guided.then_some((first.guidance_scale as f32, first.guidance_rescale as f32)),
-            shape,
-            observer,
-            done: 0,
-            evaluations: sampler.evaluations(),
-        };
-        sampler.run(&mut x, &mut network, &mut noise)?;
-        finite(&x, "sampler after its last step")?;
-        let [_, height, width, _] = shape;
-        let len = x.len() / requests.len();
-        Ok(x.chunks_exact(len).map(|values| Latents { height, width, values: values.to_vec() }).collect())
+        let calls = drawings.iter().map(Drawing::evaluations).max().unwrap_or(0);
+        for call in 1..=calls {
+            stop_if_unwanted(observer, requests.len())?;
+            let started = Instant::now();
+            let mut active: Vec<_> = drawings.iter_mut().filter(|d| !d.finished()).collect();
+            let outcomes = pass(&self.unet, &self.device, self.dtype, shape, &mut active);
+            outcomes.into_iter().collect::<Result<(), _>>()?;
+            observer.stage(Stage::Step, call, calls, started.elapsed());
+        }
+        let latents = drawings.into_iter().map(Drawing::into_latents);
+        Ok(latents.map(|values| Latents { height, width, values }).collect())
     }
 
-    /// What the UNet is told: all negative sides first, then all positive.
-    fn condition(&mut self, requests: &[Request], guided: bool, size: Size) -> Result<Conditioning, Error> {
-        let (mut rows, mut positive, mut time_ids) = (vec![], vec![], vec![]);
-        for r in requests {
-            let sides = self.text.encode(r, guided)?;
-            positive.push(sides.positive);
-            if let Some(negative) = sides.negative {
-                rows.push(negative);
-                time_ids.push(r.negative_sizes.unwrap_or(r.sizes).time_ids(size));
-            }
-        }
-        rows.extend(positive);
-        time_ids.extend(requests.iter().map(|r| r.sizes.time_ids(size)));
+    /// Latents of a size: `[height, width, channels]`.
+    fn latent_shape(&self, size: Size) -> [usize; 3] {
+        let config = self.vae.config();
+        [size.height / config.factor(), size.width / config.factor(), config.latent_channels]
+    }
+
+    /// Encodes what a request says, and draws its first noise.
+    fn begin(&mut self, request: &Request) -> Result<Drawing, Error> {
+        let sampler = Arc::new(self.sampler(request)?);
+        let size = self.drawn(request.size);
+        let guided = request.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
+        let conditioning = self.condition(request, guided, size)?;
+        let guidance = guided.then_some(Guidance {
+            scale: request.guidance_scale as f32,
+            rescale: request.guidance_rescale as f32,
+        });
+        let shape = self.latent_shape(size);
+        let mut noise = Noise::new(request.seed, shape[2]);
+        let mut x = vec![0.0; shape.iter().product()];
+        noise.fill(&mut x);
+        Ok(Drawing::new(Trajectory::new(sampler, x), conditioning, guidance, noise))
+    }
+
+    /// What the UNet is told: the negative side first, then the positive.
+    fn condition(&mut self, request: &Request, guided: bool, size: Size) -> Result<Conditioning, Error> {
+        let sides = self.text.encode(request, guided)?;
+        let negative = sides.negative.map(|side| (side, request.negative_sizes.unwrap_or(request.sizes)));
+        let rows: Vec<_> = negative.into_iter().chain([(sides.positive, request.sizes)]).collect();
         let join = |part: fn(&Encoded) -> &Vec<f32>| {
-            rows.iter().flat_map(|e| part(e)).copied().collect::<Vec<f32>>()
+            rows.iter().flat_map(|(side, _)| part(side)).copied().collect::<Vec<f32>>()
         };
         let (hidden, pooled) = (join(|e| &e.hidden), join(|e| &e.pooled));
+        let time_ids: Vec<_> = rows.iter().map(|(_, sizes)| sizes.time_ids(size)).collect();
         let width = self.text.width();
-        let shape = [rows.len(), rows[0].hidden.len() / width, width];
+        let shape = [rows.len(), rows[0].0.hidden.len() / width, width];
         let text = Tensor::from_f32(&self.device, shape, self.dtype, &hidden);
         let added = self.unet.config().text_time.map(|_| Added { pooled: &pooled, time_ids: &time_ids });
-        let guidance = self.unet.config().time_cond_proj_dim.map(|_| requests[0].guidance_scale);
+        let guidance = self.unet.config().time_cond_proj_dim.map(|_| request.guidance_scale);
         Ok(self.unet.condition(&text, added.as_ref(), guidance))
     }
 
@@ -251,62 +254,6 @@ impl Generator for Pipeline {
     }
 }
 
-/// The UNet with guidance, as a sampler sees it.
-struct Network<'a> {
-    unet: &'a UNet,
-    device: &'a Device,
-    dtype: DType,
-    conditioning: Conditioning,
-    /// Guidance scale and guidance rescale.
-    guidance: Option<(f32, f32)>,
-    shape: [usize; 4],
-    observer: &'a mut dyn Observer,
-    done: usize,
-    evaluations: usize,
-}
-
-impl samplers::Model for Network<'_> {
-    fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Error> {
-        stop_if_unwanted(self.observer, self.shape[0])?;
-        if self.done > 0 {
-            finite(x, &format!("sampler after step {}", self.done))?;
-        }
-        let started = Instant::now();
-        let mut shape = self.shape;
-        let mut out = match self.guidance {
-            None => self.forward(x, shape, timestep),
-            Some((scale, rescale)) => {
-                shape[0] *= 2;
-                let mut both = self.forward(&[x, x].concat(), shape, timestep);
-                let (guided, positive) = both.split_at_mut(x.len());
-                for (n, p) in guided.iter_mut().zip(&*positive) {
-                    *n += scale * (*p - *n);
-                }
-                if rescale > 0.0 {
-                    let picture = x.len() / self.shape[0];
-                    for (g, p) in guided.chunks_exact_mut(picture).zip(positive.chunks_exact(picture)) {
-                        rescale_guidance(g, p, rescale);
-                    }
-                }
-                both.truncate(x.len());
-                both
-            }
-        };
-        out.truncate(x.len());
-        self.done += 1;
-        finite(&out, &format!("unet at step {}", self.done))?;
-        self.observer.stage(Stage::Step, self.done, self.evaluations, started.elapsed());
-        Ok(out)
-    }
-}
-
-impl Network<'_> {
-    fn forward(&self, x: &[f32], shape: [usize; 4], timestep: f32) -> Vec<f32> {
-        let latents = Tensor::from_f32(self.device, shape, self.dtype, x);
-        self.unet.forward(&latents, timestep, &self.conditioning).to_f32()
-    }
-}
-
 fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), Error> {
     // Asks for every request, so that an observer may count on being asked.
     let unwanted = (0..requests).filter(|&i| observer.cancelled(i)).count();
@@ -314,36 +261,4 @@ fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), 
         return Err(Error::new(ErrorKind::Cancelled, "the generation was cancelled"));
     }
     Ok(())
-}
-
-/// Mixes a guided prediction with itself at the spread of the positive one:
-/// what guidance adds in contrast, this takes back (Lin et al. 2023,
-/// <https://arxiv.org/abs/2305.08891>, section 3.4).
-fn rescale_guidance(guided: &mut [f32], positive: &[f32], rescale: f32) {
-    let factor = (deviation(positive) / deviation(guided)) as f32;
-    for g in guided {
-        *g = rescale * (*g * factor) + (1.0 - rescale) * *g;
-    }
-}
-
-/// Standard deviation of a sample.
-fn deviation(values: &[f32]) -> f64 {
-    let n = values.len() as f64;
-    let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
-    let square: f64 = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum();
-    (square / (n - 1.0)).sqrt()
-}
-
-/// Unit normals for a batch: each request draws from its own generator, in
-/// PyTorch's order of dimensions (channels first).
-fn fill_noise(generators: &mut [TorchGenerator], [_, h, w, c]: [usize; 4], out: &mut [f32]) {
-    let mut planes = vec![0.0; h * w * c];
-    for (generator, out) in generators.iter_mut().zip(out.chunks_exact_mut(h * w * c)) {
-        generator.fill_normal(&mut planes);
-        for (channel, plane) in planes.chunks_exact(h * w).enumerate() {
-            for (pixel, &value) in plane.iter().enumerate() {
-                out[pixel * c + channel] = value;
-            }
-        }
-    }
 }

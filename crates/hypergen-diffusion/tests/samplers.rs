@@ -3,7 +3,9 @@
 //!
 //! The stand-in for a network is the twin of `network` in that script.
 
-use hypergen_diffusion::samplers::{Model, Sampler, SamplerKind, Stop};
+use std::sync::Arc;
+
+use hypergen_diffusion::samplers::{Sampler, SamplerKind, Trajectory};
 use hypergen_tensor::TorchGenerator;
 use serde_json::{Value, json};
 
@@ -15,8 +17,8 @@ struct Network {
     seen: Vec<f32>,
 }
 
-impl Model for Network {
-    fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Stop> {
+impl Network {
+    fn predict(&mut self, x: &[f32], timestep: f32) -> Vec<f32> {
         self.seen.push(timestep);
         let u = f64::from(timestep) / 1000.0;
         let of = |i: usize, x: f32| {
@@ -28,7 +30,7 @@ impl Model for Network {
                 _ => (1.0 - 0.9 * u) as f32 * x + 0.4 * bump(x + phase),
             }
         };
-        Ok(x.iter().enumerate().map(|(i, &v)| of(i, v)).collect())
+        x.iter().enumerate().map(|(i, &v)| of(i, v)).collect()
     }
 }
 
@@ -86,11 +88,16 @@ fn run(case: &Case<'_>) -> Result<(Vec<f64>, f64, Vec<f32>), String> {
     let kind = case.name.map(|n| n.parse::<SamplerKind>().unwrap());
     let sampler = Sampler::new(kind, case.config, case.steps).map_err(|e| e.to_string())?;
     let mut generator = TorchGenerator::new(case.seed);
-    let mut x = vec![0.0; LENGTH];
-    generator.fill_normal(&mut x);
-    x.iter_mut().for_each(|v| *v *= sampler.initial_scale());
+    let mut noise = vec![0.0; LENGTH];
+    generator.fill_normal(&mut noise);
+    let sampler = Arc::new(sampler);
+    let mut trajectory = Trajectory::new(Arc::clone(&sampler), noise);
     let mut network = network(case.config);
-    sampler.run(&mut x, &mut network, &mut |noise| generator.fill_normal(noise)).unwrap();
+    while let Some(query) = trajectory.query() {
+        let answer = network.predict(query.input, query.timestep);
+        trajectory.advance(answer, &mut |noise| generator.fill_normal(noise));
+    }
+    let x = trajectory.into_latents();
     if network.seen.len() != sampler.evaluations() {
         return Err(format!("{} calls, {} foretold", network.seen.len(), sampler.evaluations()));
     }
@@ -296,62 +303,4 @@ fn a_file_for_deis_serves_dpmpp() {
     let deis = json!({"algorithm_type": "deis", "solver_type": "logrho"});
     let case = |config| Case { name: Some("dpmpp_2m"), config, steps: 20, seed: 3, result: None };
     assert_eq!(run(&case(&deis)).unwrap().0, run(&case(&json!({}))).unwrap().0);
-}
-
-#[test]
-fn pictures_in_one_loop_equal_single_ones() {
-    let fields = json!({
-        "thresholding": true, "sample_max_value": 1.5, "beta_schedule": "scaled_linear", "beta_end": 0.012,
-        "dynamic_thresholding_ratio": 0.9, "skip_prk_steps": true,
-    });
-    /// Asks a network for one picture after the other.
-    struct Batch(Vec<Network>);
-    impl Model for Batch {
-        fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Stop> {
-            let pictures = x.chunks(LENGTH).zip(&mut self.0);
-            Ok(pictures.flat_map(|(x, network)| network.predict(x, timestep).unwrap()).collect())
-        }
-        fn pictures(&self) -> usize {
-            self.0.len()
-        }
-    }
-    for kind in SamplerKind::ALL {
-        let sampler = Sampler::new(Some(*kind), &fields, 7).unwrap();
-        let draw = |generators: &mut Vec<TorchGenerator>, x: &mut [f32]| {
-            x.chunks_mut(LENGTH).zip(generators).for_each(|(x, g)| g.fill_normal(x));
-        };
-        let run = |seeds: &[u64]| {
-            let mut generators = seeds.iter().map(|&s| TorchGenerator::new(s)).collect();
-            let mut x = vec![0.0; LENGTH * seeds.len()];
-            draw(&mut generators, &mut x);
-            x.iter_mut().for_each(|v| *v *= sampler.initial_scale());
-            let mut batch = Batch(seeds.iter().map(|_| network(&fields)).collect());
-            sampler.run(&mut x, &mut batch, &mut |x| draw(&mut generators, x)).unwrap();
-            x
-        };
-        let both = run(&[5, 6]);
-        assert_eq!(both[..LENGTH], run(&[5]), "{kind}");
-        assert_eq!(both[LENGTH..], run(&[6]), "{kind}");
-    }
-}
-
-#[test]
-fn a_model_that_stops_stops_the_loop() {
-    struct Stopping(usize);
-    impl Model for Stopping {
-        fn predict(&mut self, x: &[f32], _: f32) -> Result<Vec<f32>, Stop> {
-            self.0 += 1;
-            match self.0 {
-                3 => Err(Stop::new(hypergen_diffusion::ErrorKind::Cancelled, "enough")),
-                _ => Ok(x.to_vec()),
-            }
-        }
-    }
-    for kind in SamplerKind::ALL {
-        let config = json!({"beta_schedule": "scaled_linear", "skip_prk_steps": true});
-        let sampler = Sampler::new(Some(*kind), &config, 5).unwrap();
-        let mut model = Stopping(0);
-        let stop = sampler.run(&mut vec![0.5; 8], &mut model, &mut |x| x.fill(0.1)).unwrap_err();
-        assert_eq!((stop.message.as_str(), model.0), ("enough", 3), "{kind}");
-    }
 }

@@ -251,6 +251,10 @@ impl Columns<'_> {
         }
     }
 
+    fn rows(&self) -> usize {
+        self.tensor.dims()[0]
+    }
+
     fn tokens(&self) -> usize {
         self.tensor.dims()[1]
     }
@@ -266,29 +270,68 @@ pub fn attention(
     head_dim: usize,
     causal: bool,
 ) -> Tensor {
-    fn typed<T: Number>(q: Columns<'_>, k: Columns<'_>, v: Columns<'_>, shape: &AttentionShape) -> Tensor {
+    attention_to(q, std::iter::once((k, v)), heads, head_dim, causal)
+}
+
+/// Attention of a batch whose rows have keys and values of their own length: the
+/// first pair of `keys_values` is for as many rows of `q` as it has itself, the
+/// second for the rows after them, and so on.
+///
+/// # Panics
+/// When the pairs have more or fewer rows than `q`.
+pub fn cross_attention<'a>(
+    q: Columns<'_>,
+    keys_values: impl Iterator<Item = (Columns<'a>, Columns<'a>)> + Clone,
+    heads: usize,
+    head_dim: usize,
+) -> Tensor {
+    attention_to(q, keys_values, heads, head_dim, false)
+}
+
+fn attention_to<'a>(
+    q: Columns<'_>,
+    keys_values: impl Iterator<Item = (Columns<'a>, Columns<'a>)> + Clone,
+    heads: usize,
+    head_dim: usize,
+    causal: bool,
+) -> Tensor {
+    fn typed<'a, T: Number>(
+        q: Columns<'_>,
+        keys_values: impl Iterator<Item = (Columns<'a>, Columns<'a>)>,
+        shape: AttentionShape,
+    ) -> Tensor {
         let device = q.tensor.device();
-        Tensor::build::<T>(
-            device,
-            Shape::from([shape.batch, shape.q_len, shape.heads * shape.head_dim]),
-            |out| {
-                kernels::attention(device.cpu_kernels(), shape, q.lower(), k.lower(), v.lower(), out);
-            },
-        )
+        let whole = Shape::from([shape.batch, shape.q_len, shape.heads * shape.head_dim]);
+        Tensor::build::<T>(device, whole, |mut out| {
+            let mut queries = q.lower();
+            for (k, v) in keys_values {
+                let shape = AttentionShape { batch: k.rows(), kv_len: k.tokens(), ..shape };
+                let tokens = shape.batch * shape.q_len;
+                let (part, rest) = out.split_at_mut(tokens * shape.heads * shape.head_dim);
+                let (own, others) = queries.data.split_at(tokens * queries.row_stride);
+                let own = kernels::Heads { data: own, ..queries };
+                kernels::attention(device.cpu_kernels(), &shape, own, k.lower(), v.lower(), part);
+                (out, queries.data) = (rest, others);
+            }
+        })
     }
     let shape = AttentionShape {
-        batch: q.tensor.dims()[0],
+        batch: q.rows(),
         heads,
         head_dim,
         q_len: q.tokens(),
-        kv_len: k.tokens(),
+        kv_len: 0,
         scale: 1.0 / (head_dim as f32).sqrt(),
         causal,
     };
-    let AttentionShape { batch, q_len, kv_len, .. } = shape;
-    let sizes = [batch, heads, head_dim, q_len, kv_len];
-    let _span = q.tensor.device().span("attention", &sizes, &[2, batch, heads, head_dim, q_len, kv_len]);
-    by_type!(q.tensor, typed(q, k, v, &shape))
+    let rows: usize = keys_values.clone().map(|(k, _)| k.rows()).sum();
+    assert_eq!(rows, q.rows(), "keys and values of {rows} rows for the queries {:?}", q.tensor.shape());
+    // All keys of all rows: what the work is proportional to.
+    let keys = keys_values.clone().map(|(k, _)| k.rows() * k.tokens()).sum();
+    let AttentionShape { batch, q_len, .. } = shape;
+    let sizes = [batch, heads, head_dim, q_len, keys / batch.max(1)];
+    let _span = q.tensor.device().span("attention", &sizes, &[2, heads, head_dim, q_len, keys]);
+    by_type!(q.tensor, typed(q, keys_values, shape))
 }
 
 /// Sum of two tensors of one shape.

@@ -107,7 +107,7 @@ fn transformers_agree() {
             let block = Transformer::load(w, config, &mut 0).expect("a block");
             let mut keys_values = TextKeysValues::default();
             block.text_keys_values(&text, &mut keys_values);
-            block.forward(&x, &keys_values)
+            block.forward(&x, &[&keys_values])
         });
     }
 }

@@ -15,11 +15,15 @@ pub(crate) struct TransformerConfig {
     pub(crate) groups: usize,
 }
 
-/// Keys and values of the text for every cross attention of a UNet, in the
-/// order in which its blocks were loaded. They do not depend on the latents,
+/// Keys and values of one request's texts for every cross attention of a UNet, in
+/// the order in which its blocks were loaded. They do not depend on the latents,
 /// so they are computed once a request, not once a step.
 #[derive(Default)]
 pub(crate) struct TextKeysValues(pub(crate) Vec<Tensor>);
+
+/// The texts of the requests that share a pass, in the order of their rows.
+/// Each may have its own number of tokens.
+pub(crate) type Texts<'a> = [&'a TextKeysValues];
 
 /// Normalised pixels become tokens, attend to each other and to the text, and
 /// are added to the picture.
@@ -58,7 +62,7 @@ impl Transformer {
     }
 
     /// `x` is `[n, h, w, channels]`.
-    pub(crate) fn forward(&self, x: &Tensor, text: &TextKeysValues) -> Tensor {
+    pub(crate) fn forward(&self, x: &Tensor, text: &Texts<'_>) -> Tensor {
         let [n, h, w, c] = x.nhwc();
         let tokens = ops::group_norm(x, &self.norm, self.groups, Activation::None);
         let mut tokens = ops::linear(&tokens.reshape([n, h * w, c]), &self.proj_in, Epilogue::default());
@@ -109,7 +113,7 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: Tensor, text: &TextKeysValues) -> Tensor {
+    fn forward(&self, x: Tensor, text: &Texts<'_>) -> Tensor {
         let d = x.shape().last();
         let head_dim = d / self.heads;
         let h = ops::layer_norm(&x, &self.norm1);
@@ -120,9 +124,11 @@ impl Block {
 
         let h = ops::layer_norm(&x, &self.norm2);
         let q = ops::linear(&h, &self.attn2_q, Epilogue::default());
-        let kv = &text.0[self.cross]; // [n, text tokens, 2 d]
-        let part = |i| Columns { tensor: kv, offset: i * d };
-        let h = ops::attention((&q).into(), part(0), part(1), self.heads, head_dim, false);
+        let keys_values = text.iter().map(|text| {
+            let tensor = &text.0[self.cross]; // [rows of the request, text tokens, 2 d]
+            (Columns { tensor, offset: 0 }, Columns { tensor, offset: d })
+        });
+        let h = ops::cross_attention((&q).into(), keys_values, self.heads, head_dim);
         let x = ops::linear(&h, &self.attn2_out, Epilogue::residual(&x));
 
         let h = ops::layer_norm(&x, &self.norm3);

@@ -59,19 +59,29 @@ impl Embedding {
     }
 }
 
-/// What a request says to the UNet, computed once for all its steps.
+/// What a request says to the UNet, computed once for all its steps: for each
+/// of its rows of a pass, two with guidance and else one.
 pub struct Conditioning {
     text: TextKeysValues,
-    added: Option<Tensor>,
-    guidance: Option<Tensor>,
-    batch: usize,
+    /// `[rows, time_dim]`; empty where the family takes none.
+    added: Vec<f32>,
+    /// `[rows, time_cond_proj_dim]`; empty where the model is not told the scale.
+    guidance: Vec<f32>,
+    rows: usize,
 }
 
-/// SDXL's conditioning of one batch.
+impl Conditioning {
+    /// Rows of a pass that are this request's.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
+/// SDXL's conditioning of one request.
 pub struct Added<'a> {
-    /// Pooled text, `[n, p]` row by row.
+    /// Pooled text, `[rows, p]` row by row.
     pub pooled: &'a [f32],
-    /// `[original height, original width, crop top, crop left, target height, target width]` of each picture.
+    /// `[original height, original width, crop top, crop left, target height, target width]` of each row.
     pub time_ids: &'a [[f32; 6]],
 }
 
@@ -126,7 +136,7 @@ impl UNet {
         &self.config
     }
 
-    /// Computes what depends only on the text: `text` is `[n, tokens, context]`.
+    /// Computes what depends only on the text: `text` is `[rows, tokens, context]`.
     /// `guidance` is the scale that an LCM model is told.
     ///
     /// # Panics
@@ -136,30 +146,42 @@ impl UNet {
         self.down_blocks.iter().for_each(|b| b.text_keys_values(text, &mut keys_values));
         self.mid_block.iter().for_each(|b| b.text_keys_values(text, &mut keys_values));
         self.up_blocks.iter().for_each(|b| b.text_keys_values(text, &mut keys_values));
-        let batch = text.dims()[0];
+        let rows = text.dims()[0];
         let added = self.config.text_time.zip(self.add_embedding.as_ref()).map(|(t, embedding)| {
             let added = added.expect("a model of this family is told sizes and pooled text");
-            let pooled = added.pooled.len() / batch;
-            let mut rows = Vec::with_capacity(batch * t.inputs);
+            let pooled = added.pooled.len() / rows;
+            let mut inputs = Vec::with_capacity(rows * t.inputs);
             for (pooled, ids) in added.pooled.chunks_exact(pooled).zip(added.time_ids) {
-                rows.extend_from_slice(pooled);
-                ids.iter().for_each(|&id| rows.extend(timestep_embedding(id, t.time_embed_dim, true, 0.0)));
+                inputs.extend_from_slice(pooled);
+                ids.iter().for_each(|&id| inputs.extend(timestep_embedding(id, t.time_embed_dim, true, 0.0)));
             }
-            embedding.forward(&self.tensor([batch, t.inputs], &rows), None) // [n, time_dim]
+            embedding.forward(&self.tensor([rows, t.inputs], &inputs), None).to_f32() // [rows, time_dim]
         });
         let guidance = self
             .config
             .time_cond_proj_dim
             .zip(guidance)
-            .map(|(dim, scale)| self.tensor([batch, dim], &guidance_embedding(scale, dim).repeat(batch)));
-        Conditioning { text: keys_values, added, guidance, batch }
+            .map(|(dim, scale)| guidance_embedding(scale, dim).repeat(rows));
+        Conditioning {
+            text: keys_values,
+            added: added.unwrap_or_default(),
+            guidance: guidance.unwrap_or_default(),
+            rows,
+        }
     }
 
     /// Predicts epsilon, v or the sample, as the checkpoint was trained, for
-    /// latents `[n, h, w, in_channels]`: `[n, h, w, out_channels]`.
-    pub fn forward(&self, latents: &Tensor, timestep: f32, conditioning: &Conditioning) -> Tensor {
-        let time = self.time(timestep, conditioning);
-        let text = &conditioning.text;
+    /// latents `[n, h, w, in_channels]`: `[n, h, w, out_channels]`. The rows are those
+    /// of `requests`, one request after the other, each at a timestep of its own.
+    ///
+    /// # Panics
+    /// When the requests have more or fewer rows than the latents.
+    pub fn forward(&self, latents: &Tensor, requests: &[(&Conditioning, f32)]) -> Tensor {
+        let rows: usize = requests.iter().map(|(request, _)| request.rows).sum();
+        assert_eq!(rows, latents.dims()[0], "latents {:?} for {rows} rows", latents.shape());
+        let time = self.time(requests);
+        let text: Vec<_> = requests.iter().map(|(request, _)| &request.text).collect();
+        let text = text.as_slice();
         let mut skips = vec![ops::conv2d(latents, &self.conv_in, Window::Same, Epilogue::default())];
         for block in &self.down_blocks {
             block.forward(&mut skips, &time, text);
@@ -175,17 +197,29 @@ impl UNet {
         ops::conv2d(&x, &self.conv_out, Window::Same, Epilogue::default())
     }
 
-    /// `silu` of the time embedding, `[n, time_dim]`: every residual block
+    /// `silu` of the time embedding, `[rows, time_dim]`: every residual block
     /// takes it so.
-    fn time(&self, timestep: f32, conditioning: &Conditioning) -> Tensor {
-        let (n, dim) = (conditioning.batch, self.config.levels[0].channels);
-        let sinusoid = timestep_embedding(timestep, dim, self.config.flip_sin_to_cos, self.config.freq_shift);
-        let sinusoid = self.tensor([n, dim], &sinusoid.repeat(n));
-        let time = self.time_embedding.forward(&sinusoid, conditioning.guidance.as_ref());
-        match &conditioning.added {
-            Some(added) => ops::activate(&ops::add(&time, added), Activation::Silu),
-            None => ops::activate(&time, Activation::Silu),
+    fn time(&self, requests: &[(&Conditioning, f32)]) -> Tensor {
+        let c = &self.config;
+        let dim = c.levels[0].channels;
+        let rows = |of: &dyn Fn(&Conditioning, f32) -> Vec<f32>| -> Vec<f32> {
+            requests.iter().flat_map(|&(request, timestep)| of(request, timestep)).collect()
+        };
+        let sinusoid = rows(&|request, timestep| {
+            timestep_embedding(timestep, dim, c.flip_sin_to_cos, c.freq_shift).repeat(request.rows)
+        });
+        let sinusoid = self.tensor([sinusoid.len() / dim, dim], &sinusoid);
+        let guidance = c.time_cond_proj_dim.map(|dim| {
+            let scales = rows(&|request, _| request.guidance.clone());
+            self.tensor([scales.len() / dim, dim], &scales)
+        });
+        let time = self.time_embedding.forward(&sinusoid, guidance.as_ref());
+        if self.add_embedding.is_none() {
+            return ops::activate(&time, Activation::Silu);
         }
+        let added = rows(&|request, _| request.added.clone());
+        let added = self.tensor([added.len() / c.time_dim, c.time_dim], &added);
+        ops::activate(&ops::add(&time, &added), Activation::Silu)
     }
 
     fn tensor(&self, shape: [usize; 2], values: &[f32]) -> Tensor {

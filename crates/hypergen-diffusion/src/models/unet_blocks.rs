@@ -5,7 +5,7 @@ use hypergen_tensor::ops::{self, Epilogue, Window};
 use hypergen_tensor::{CheckpointError, Conv, Tensor, Weights};
 
 use super::resnet::{ResnetBlock, ResnetConfig};
-use super::transformer::{TextKeysValues, Transformer, TransformerConfig};
+use super::transformer::{TextKeysValues, Texts, Transformer, TransformerConfig};
 use super::unet_config::{Level, MidBlock, UNetConfig};
 
 /// Runs `block` where the picture goes through residual block and, if the
@@ -16,7 +16,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn forward(&self, x: &Tensor, time: &Tensor, text: &TextKeysValues) -> Tensor {
+    fn forward(&self, x: &Tensor, time: &Tensor, text: &Texts<'_>) -> Tensor {
         let x = self.resnet.forward(x, Some(time));
         match &self.attention {
             Some(attention) => attention.forward(&x, text),
@@ -92,7 +92,7 @@ impl DownBlock {
     }
 
     /// Pushes every intermediate picture onto `skips` and leaves the last there.
-    pub(super) fn forward(&self, skips: &mut Vec<Tensor>, time: &Tensor, text: &TextKeysValues) {
+    pub(super) fn forward(&self, skips: &mut Vec<Tensor>, time: &Tensor, text: &Texts<'_>) {
         for layer in &self.layers {
             let x = layer.forward(top(skips), time, text);
             skips.push(x);
@@ -142,7 +142,7 @@ impl Mid {
         self.rest.iter().for_each(|(a, _)| a.text_keys_values(text, into));
     }
 
-    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, text: &TextKeysValues) -> Tensor {
+    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, text: &Texts<'_>) -> Tensor {
         let x = self.first.forward(x, Some(time));
         match &self.rest {
             Some((attention, resnet)) => resnet.forward(&attention.forward(&x, text), Some(time)),
@@ -200,7 +200,7 @@ impl UpBlock {
         mut x: Tensor,
         skips: &mut Vec<Tensor>,
         time: &Tensor,
-        text: &TextKeysValues,
+        text: &Texts<'_>,
     ) -> Tensor {
         for layer in &self.layers {
             let skip = skips.pop().expect("load has counted the pictures of the way down");

@@ -7,10 +7,11 @@
 //! unless they are told otherwise, and zero it is here: no fresh noise.
 
 use super::ddim::{Ddim, Table, check_signal};
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::schedule::{BetaDefaults, BetaSchedule, Rescale, Schedule};
 use super::spacing::check_steps;
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const LCM_CLASS: &str = "LCMScheduler";
 pub(super) const TCD_CLASS: &str = "TCDScheduler";
@@ -82,16 +83,16 @@ impl Solver for Lcm {
         self.steps.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        let mut fresh = vec![0.0; x.len()];
-        for (index, (level, out, skip)) in self.steps.iter().enumerate() {
-            let clean = model.clean(x, level)?;
-            *x = combine([(*out, &clean), (*skip, x)]);
-            if let Some((next, ..)) = self.steps.get(index + 1) {
-                draw(&mut fresh);
-                *x = combine([(next.alpha.into(), x), (next.sigma.into(), &fresh)]);
-            }
+    fn level(&self, index: usize) -> &Level {
+        &self.steps[index].0
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        let (_, out, skip) = self.steps[index];
+        state.x = combine([(out, &predicted.clean()), (skip, &state.x)]);
+        if let Some((next, ..)) = self.steps.get(index + 1) {
+            let fresh = draw(state.x.len(), noise);
+            state.x = combine([(next.alpha.into(), &state.x), (next.sigma.into(), &fresh)]);
         }
-        Ok(())
     }
 }

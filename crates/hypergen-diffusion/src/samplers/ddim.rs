@@ -1,10 +1,10 @@
 //! DDIM (Song et al. 2021, arXiv 2010.02502), without added noise, as
 //! `DDIMScheduler`. Its stochastic form (eta above zero) is not offered.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{Plan, Spacing};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DDIMScheduler";
 
@@ -74,11 +74,13 @@ impl Solver for Ddim {
         self.steps.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        for (from, to) in &self.steps {
-            let (clean, noise) = model.both(x, from)?;
-            *x = combine([(to.alpha.into(), &clean), (to.sigma.into(), &noise)]);
-        }
-        Ok(())
+    fn level(&self, index: usize) -> &Level {
+        &self.steps[index].0
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        let to = &self.steps[index].1;
+        let (clean, noise) = (predicted.clean(), predicted.noise_as_predicted());
+        state.x = combine([(to.alpha.into(), &clean), (to.sigma.into(), &noise)]);
     }
 }

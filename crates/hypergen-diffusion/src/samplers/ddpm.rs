@@ -3,10 +3,11 @@
 //! variances need a network with twice the outputs and are refused.
 
 use super::ddim::{Table, check_signal};
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::schedule::{BetaDefaults, BetaSchedule, Rescale, Schedule};
 use super::spacing::{Plan, Spacing};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DDPMScheduler";
 
@@ -80,16 +81,16 @@ impl Solver for Ddpm {
         self.steps.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        let mut fresh = vec![0.0; x.len()];
-        for step in &self.steps {
-            let clean = model.clean(x, &step.from)?;
-            *x = combine([(step.clean.into(), &clean), (step.sample.into(), x)]);
-            if let Some(deviation) = step.noise {
-                draw(&mut fresh);
-                *x = combine([(1.0, x), (deviation.into(), &fresh)]);
-            }
+    fn level(&self, index: usize) -> &Level {
+        &self.steps[index].from
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        let step = &self.steps[index];
+        state.x = combine([(step.clean.into(), &predicted.clean()), (step.sample.into(), &state.x)]);
+        if let Some(deviation) = step.noise {
+            let fresh = draw(state.x.len(), noise);
+            state.x = combine([(1.0, &state.x), (deviation.into(), &fresh)]);
         }
-        Ok(())
     }
 }

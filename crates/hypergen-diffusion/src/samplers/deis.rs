@@ -3,10 +3,10 @@
 //!
 //! The reference never goes to zero noise: it ends at the least sigma of training.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, Spacing, multistep_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DEISMultistepScheduler";
 
@@ -52,42 +52,41 @@ impl Solver for Deis {
         self.levels.len() - 1
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        // Newest first, at most three.
-        let mut outputs: Vec<Vec<f32>> = Vec::new();
-        for (step, pair) in self.levels.windows(2).enumerate() {
-            let [from, to] = [&pair[0], &pair[1]];
-            // By way of the clean sample, as the reference goes: with the steepest
-            // schedules the rounding on that way is magnified by thousands.
-            let clean = model.clean(x, from)?;
-            outputs.insert(0, zip(x, &clean, |x, clean| (x - from.alpha * clean) / from.sigma));
-            outputs.truncate(3);
-            // Noise over signal, back from this step.
-            let rho = |level: &Level| level.sigma / level.alpha;
-            let past = |back: usize| rho(&self.levels[step - back]);
-            let end = rho(to);
-            if end == past(0) {
-                continue;
-            }
-            let factor = |value: f32| f64::from(to.alpha * value);
-            let scale = f64::from(to.alpha / from.alpha);
-            *x = match (self.order_at(step), outputs.as_slice()) {
-                (3, [m0, m1, m2]) => {
-                    let [c0, c1, c2] = third_order(end, [past(0), past(1), past(2)]).map(factor);
-                    combine([(scale, x), (c0, m0), (c1, m1), (c2, m2)])
-                }
-                (2, [m0, m1, ..]) => {
-                    let [c0, c1] = second_order(end, [past(0), past(1)]).map(factor);
-                    combine([(scale, x), (c0, m0), (c1, m1)])
-                }
-                _ => {
-                    let lambda = |level: &Level| level.alpha.ln() - level.sigma.ln();
-                    let way = to.sigma * ((lambda(to) - lambda(from)).exp() - 1.0);
-                    combine([(scale, x), (f64::from(-way), &outputs[0])])
-                }
-            };
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        let (from, to) = (&self.levels[index], &self.levels[index + 1]);
+        // By way of the clean sample, as the reference goes: with the steepest
+        // schedules the rounding on that way is magnified by thousands.
+        let clean = predicted.clean();
+        state.remember(zip(&state.x, &clean, |x, clean| (x - from.alpha * clean) / from.sigma), 3);
+        // Noise over signal, back from this step.
+        let rho = |level: &Level| level.sigma / level.alpha;
+        let past = |back: usize| rho(&self.levels[index - back]);
+        let end = rho(to);
+        if end == past(0) {
+            return;
         }
-        Ok(())
+        let factor = |value: f32| f64::from(to.alpha * value);
+        let scale = f64::from(to.alpha / from.alpha);
+        let x = &state.x;
+        state.x = match (self.order_at(index).min(state.outputs.len()), state.outputs.as_slice()) {
+            (3, [m0, m1, m2]) => {
+                let [c0, c1, c2] = third_order(end, [past(0), past(1), past(2)]).map(factor);
+                combine([(scale, x), (c0, m0), (c1, m1), (c2, m2)])
+            }
+            (2, [m0, m1, ..]) => {
+                let [c0, c1] = second_order(end, [past(0), past(1)]).map(factor);
+                combine([(scale, x), (c0, m0), (c1, m1)])
+            }
+            (_, outputs) => {
+                let lambda = |level: &Level| level.alpha.ln() - level.sigma.ln();
+                let way = to.sigma * ((lambda(to) - lambda(from)).exp() - 1.0);
+                combine([(scale, x), (f64::from(-way), &outputs[0])])
+            }
+        };
     }
 }
 

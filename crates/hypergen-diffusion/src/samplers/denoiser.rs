@@ -1,14 +1,12 @@
-//! The one wrapper between samplers and the network: it scales the network's
-//! input and turns whatever it predicts (epsilon, v or the sample) into a
-//! clean sample and a noise.
+//! What stands between samplers and the network: it turns whatever the network
+//! predicts (epsilon, v or the sample) into a clean sample and a noise.
 //!
 //! A noise level is a pair (alpha, sigma): latents are `alpha * clean + sigma *
 //! noise`. Samplers that keep the variance have alpha^2 + sigma^2 = 1; those that
 //! let it grow have alpha = 1. No sampler's formula is here.
 
 use super::config::Fields;
-use super::{Model, SamplerError, Stop};
-use crate::{Error, ErrorKind};
+use super::SamplerError;
 
 /// How much of the latents is picture and how much is noise, and what the
 /// network calls it. In float32, as torch has its scalars.
@@ -19,7 +17,7 @@ pub(super) struct Level {
     pub(super) alpha: f32,
     pub(super) sigma: f32,
     /// Standard deviation of the latents, by which the network's input is divided.
-    norm: f32,
+    pub(super) norm: f32,
     pub(super) timestep: f32,
 }
 
@@ -111,16 +109,13 @@ impl Bound {
         }
     }
 
-    fn apply(self, clean: &mut [f32], pictures: usize) {
+    fn apply(self, clean: &mut [f32]) {
         match self {
             Self::None => {}
             Self::Clip(range) => clean.iter_mut().for_each(|v| *v = v.clamp(-range, range)),
             Self::Threshold { ratio, most } => {
-                let length = clean.len().div_ceil(pictures.max(1)).max(1);
-                for picture in clean.chunks_mut(length) {
-                    let limit = quantile_of_magnitudes(picture, ratio).max(1.0).min(most);
-                    picture.iter_mut().for_each(|v| *v = v.clamp(-limit, limit) / limit);
-                }
+                let limit = quantile_of_magnitudes(clean, ratio).max(1.0).min(most);
+                clean.iter_mut().for_each(|v| *v = v.clamp(-limit, limit) / limit);
             }
         }
     }
@@ -139,84 +134,58 @@ fn quantile_of_magnitudes(values: &[f32], ratio: f64) -> f32 {
     (f64::from(below) + (f64::from(above) - f64::from(below)) * (rank - low as f64)) as f32
 }
 
-/// The network, with everything that is the same for all samplers around it.
-pub(super) struct Denoiser<'a> {
-    model: &'a mut dyn Model,
-    prediction: Prediction,
-    bound: Bound,
-    /// The scaled input, kept to spare an allocation per step.
-    input: Vec<f32>,
+/// What the network predicted for latents at a level, ready to be read as
+/// whichever quantity a solver's formula is about.
+pub(super) struct Predicted<'a> {
+    /// The latents that the network was asked about, before scaling.
+    pub(super) x: &'a [f32],
+    /// What it answered: epsilon, v or the sample.
+    pub(super) raw: &'a [f32],
+    pub(super) level: Level,
+    pub(super) prediction: Prediction,
+    pub(super) bound: Bound,
 }
 
-impl<'a> Denoiser<'a> {
-    pub(super) fn new(model: &'a mut dyn Model, prediction: Prediction, bound: Bound) -> Self {
-        Self { model, prediction, bound, input: Vec::new() }
-    }
-
-    /// Calls the network, and returns what it predicts as it is.
-    pub(super) fn raw(&mut self, x: &[f32], level: &Level) -> Result<Vec<f32>, Stop> {
-        let raw = if level.norm == 1.0 {
-            self.model.predict(x, level.timestep)?
-        } else {
-            self.input.clear();
-            self.input.extend(x.iter().map(|v| v / level.norm));
-            self.model.predict(&self.input, level.timestep)?
-        };
-        if raw.len() == x.len() {
-            return Ok(raw);
-        }
-        let message = format!("the network gave {} numbers for {} latents", raw.len(), x.len());
-        Err(Error::new(ErrorKind::Internal, message))
-    }
-
-    /// The clean sample in `x`, within bounds.
-    pub(super) fn clean(&mut self, x: &[f32], level: &Level) -> Result<Vec<f32>, Stop> {
-        let raw = self.raw(x, level)?;
-        Ok(self.clean_of(raw, x, level))
-    }
-
-    /// The noise in `x`: what remains when the clean sample, within bounds, is taken away.
-    pub(super) fn noise(&mut self, x: &[f32], level: &Level) -> Result<Vec<f32>, Stop> {
-        let raw = self.raw(x, level)?;
-        if self.bound == Bound::None && level.norm == 1.0 {
-            return Ok(self.noise_of(raw, x, level));
-        }
-        // Growing latents take this way always, because the reference does: from a
-        // huge first sigma the rounding of the difference shows in the picture.
-        let clean = self.clean_of(raw, x, level);
-        Ok(zip(x, &clean, |x, clean| (x - level.alpha * clean) / level.sigma))
-    }
-
-    /// The clean sample within bounds, and the noise as it was predicted.
-    pub(super) fn both(&mut self, x: &[f32], level: &Level) -> Result<(Vec<f32>, Vec<f32>), Stop> {
-        let raw = self.raw(x, level)?;
-        let noise = self.noise_of(raw.clone(), x, level);
-        Ok((self.clean_of(raw, x, level), noise))
-    }
-
-    /// The clean sample that a prediction stands for, within bounds.
-    pub(super) fn clean_of(&self, raw: Vec<f32>, x: &[f32], level: &Level) -> Vec<f32> {
-        let &Level { alpha, sigma, norm, .. } = level;
+impl Predicted<'_> {
+    /// The clean sample, within bounds.
+    pub(super) fn clean(&self) -> Vec<f32> {
+        let Level { alpha, sigma, norm, .. } = self.level;
         let mut clean = match self.prediction {
-            Prediction::Epsilon => zip(x, &raw, |x, noise| (x - sigma * noise) / alpha),
-            Prediction::V if norm == 1.0 => zip(x, &raw, |x, v| alpha * x - sigma * v),
+            Prediction::Epsilon => zip(self.x, self.raw, |x, noise| (x - sigma * noise) / alpha),
+            Prediction::V if norm == 1.0 => zip(self.x, self.raw, |x, v| alpha * x - sigma * v),
             Prediction::V => {
                 let (own, other) = (sigma * sigma + 1.0, -sigma / norm);
-                zip(x, &raw, |x, v| v * other + x / own)
+                zip(self.x, self.raw, |x, v| v * other + x / own)
             }
-            Prediction::Sample => raw,
+            Prediction::Sample => self.raw.to_vec(),
         };
-        self.bound.apply(&mut clean, self.model.pictures());
+        self.bound.apply(&mut clean);
         clean
     }
 
+    /// The noise: what remains when the clean sample, within bounds, is taken away.
+    pub(super) fn noise(&self) -> Vec<f32> {
+        let Level { alpha, sigma, norm, .. } = self.level;
+        if self.bound == Bound::None && norm == 1.0 {
+            return self.noise_as_predicted();
+        }
+        // Growing latents take this way always, because the reference does: from a
+        // huge first sigma the rounding of the difference shows in the picture.
+        zip(self.x, &self.clean(), |x, clean| (x - alpha * clean) / sigma)
+    }
+
+    /// The noise without bounds, at a level that keeps the variance.
+    pub(super) fn noise_as_predicted(&self) -> Vec<f32> {
+        self.noise_of(self.raw, self.x, &self.level)
+    }
+
     /// The noise that a prediction stands for, at a level that keeps the variance.
-    pub(super) fn noise_of(&self, raw: Vec<f32>, x: &[f32], level: &Level) -> Vec<f32> {
+    pub(super) fn noise_of(&self, raw: &[f32], x: &[f32], level: &Level) -> Vec<f32> {
         let &Level { alpha, sigma, .. } = level;
         match self.prediction {
-            Prediction::Epsilon => raw,
-            Prediction::V => zip(x, &raw, |x, v| alpha * v + sigma * x),
-            Prediction::Sample => zip(x, &raw, |x, clean| (x - alpha * clean) / sigma),
+            Prediction::Epsilon => raw.to_vec(),
+            Prediction::V => zip(x, raw, |x, v| alpha * v + sigma * x),
+            Prediction::Sample => zip(x, raw, |x, clean| (x - alpha * clean) / sigma),
         }
     }
 }
@@ -243,11 +212,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thresholds_by_picture() {
-        let mut x = vec![0.5, -4.0, 2.0, 1.0, -0.5, 0.25, 0.0, 0.125];
-        let bound = Bound::Threshold { ratio: 1.0, most: 3.0 };
-        bound.apply(&mut x, 2);
-        assert_eq!(x, [0.5 / 3.0, -1.0, 2.0 / 3.0, 1.0 / 3.0, -0.5, 0.25, 0.0, 0.125]);
+    fn thresholds_at_a_quantile() {
+        let mut x = vec![0.5, -4.0, 2.0, 1.0];
+        Bound::Threshold { ratio: 1.0, most: 3.0 }.apply(&mut x);
+        assert_eq!(x, [0.5 / 3.0, -1.0, 2.0 / 3.0, 1.0 / 3.0]);
     }
 
     #[test]

@@ -2,15 +2,17 @@
 //! algorithm 2, with the second evaluation in the logarithmic middle), and its
 //! ancestral form: `KDPM2DiscreteScheduler` and `KDPM2AncestralDiscreteScheduler`.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::euler::ancestral;
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{LogSigmas, Plan, Ramp, Spacing, k_diffusion_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "KDPM2DiscreteScheduler";
 pub(super) const ANCESTRAL_CLASS: &str = "KDPM2AncestralDiscreteScheduler";
 
+#[derive(Clone, Copy)]
 struct Step {
     from: Level,
     /// Where the network is asked again, if it is.
@@ -22,7 +24,8 @@ struct Step {
 }
 
 struct Dpm2 {
-    steps: Vec<Step>,
+    /// A step for each call of the network, and whether the call is in its middle.
+    calls: Vec<(Step, bool)>,
     initial_scale: f32,
     ancestral: bool,
 }
@@ -54,36 +57,39 @@ fn build_either(fields: &Fields, steps: usize, with_noise: bool) -> Result<Built
         });
         Step { from: Level::growing(sigma, t), middle, down, up }
     };
-    let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step).collect();
+    let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step);
+    let calls = steps.flat_map(|s| std::iter::once((s, false)).chain(s.middle.map(|_| (s, true)))).collect();
     let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
-    let solver = Box::new(Dpm2 { steps, initial_scale, ancestral: with_noise });
+    let solver = Box::new(Dpm2 { calls, initial_scale, ancestral: with_noise });
     Ok(Built { solver, prediction, bound: Bound::None })
 }
 
 impl Solver for Dpm2 {
     fn evaluations(&self) -> usize {
-        self.steps.iter().map(|s| 1 + usize::from(s.middle.is_some())).sum()
+        self.calls.len()
     }
 
     fn initial_scale(&self) -> f32 {
         self.initial_scale
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        let mut fresh = vec![0.0; x.len()];
-        for Step { from, middle, down, up } in &self.steps {
-            let mut slope = model.noise(x, from)?;
-            if let Some(middle) = middle {
-                let way = middle.sigma - from.sigma;
-                let there = combine([(1.0, x), (way.into(), &slope)]);
-                slope = model.noise(&there, middle)?;
-            }
-            *x = combine([(1.0, x), ((down - from.sigma).into(), &slope)]);
-            if self.ancestral && *up > 0.0 {
-                draw(&mut fresh);
-                *x = combine([(1.0, x), ((*up).into(), &fresh)]);
-            }
+    fn level(&self, index: usize) -> &Level {
+        let (step, in_middle) = &self.calls[index];
+        step.middle.as_ref().filter(|_| *in_middle).unwrap_or(&step.from)
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        let (Step { from, middle, down, up }, in_middle) = self.calls[index];
+        let slope = predicted.noise();
+        if let Some(middle) = middle.filter(|_| !in_middle) {
+            let way = middle.sigma - from.sigma;
+            state.probe = Some(combine([(1.0, &state.x), (way.into(), &slope)]));
+            return;
         }
-        Ok(())
+        state.x = combine([(1.0, &state.x), ((down - from.sigma).into(), &slope)]);
+        if self.ancestral && up > 0.0 {
+            let fresh = draw(state.x.len(), noise);
+            state.x = combine([(1.0, &state.x), (up.into(), &fresh)]);
+        }
     }
 }

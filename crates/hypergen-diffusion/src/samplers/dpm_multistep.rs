@@ -4,12 +4,13 @@
 //!
 //! Its flow-matching fields are refused: models that need them are another family.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{
     FinalSigma, Levels, LogSigmas, Plan, Ramp, Rounding, Spacing, linspace, multistep_levels,
 };
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DPMSolverMultistepScheduler";
 
@@ -24,8 +25,8 @@ pub(super) struct Algorithm {
 
 impl Algorithm {
     /// What the equation is about: the clean sample or the noise.
-    pub(super) fn output(self, model: &mut Denoiser<'_>, x: &[f32], level: &Level) -> Result<Vec<f32>, Stop> {
-        if self.clean { model.clean(x, level) } else { model.noise(x, level) }
+    pub(super) fn output(self, predicted: &Predicted<'_>) -> Vec<f32> {
+        if self.clean { predicted.clean() } else { predicted.noise() }
     }
 
     /// Reads `algorithm_type` and checks it against the final sigma.
@@ -163,46 +164,37 @@ impl Solver for DpmMultistep {
         self.levels.len() - 1
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        // Newest first, at most three.
-        let mut outputs: Vec<Vec<f32>> = Vec::new();
-        let mut fresh = vec![0.0; x.len()];
-        for (step, pair) in self.levels.windows(2).enumerate() {
-            let [from, to] = [&pair[0], &pair[1]];
-            outputs.insert(0, self.algorithm.output(model, x, from)?);
-            outputs.truncate(3);
-            if self.algorithm.stochastic {
-                draw(&mut fresh);
-            }
-            // Logarithm of signal over noise, and how far it went in each step.
-            let lambda = |i: usize| -self.ratios[i].ln();
-            let [h, past @ ..] = [0, 1, 2].map(|back| match step.checked_sub(back) {
-                Some(i) => lambda(i + 1) - lambda(i),
-                None => f64::NAN,
-            });
-            if h == 0.0 {
-                continue;
-            }
-            let weights = Weights::new(self.algorithm, from, to, h);
-            *x = match (self.order_at(step), outputs.as_slice()) {
-                (3, [m0, m1, m2]) => {
-                    let [c0, c1, c2] = weights.third_order(past.map(|p| p / h));
-                    combine([(weights.sample, x), (c0, m0), (c1, m1), (c2, m2), (weights.noise, &fresh)])
-                }
-                (2, [m0, m1, ..]) => {
-                    let slope = if self.heun { weights.slope } else { 0.5 * weights.output };
-                    let c1 = -slope * h / past[0];
-                    combine([
-                        (weights.sample, x),
-                        (weights.output - c1, m0),
-                        (c1, m1),
-                        (weights.noise, &fresh),
-                    ])
-                }
-                _ => combine([(weights.sample, x), (weights.output, &outputs[0]), (weights.noise, &fresh)]),
-            };
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        state.remember(self.algorithm.output(predicted), 3);
+        let len = state.x.len();
+        let fresh = if self.algorithm.stochastic { draw(len, noise) } else { vec![0.0; len] };
+        // Logarithm of signal over noise, and how far it went in each step.
+        let lambda = |i: usize| -self.ratios[i].ln();
+        let [h, past @ ..] = [0, 1, 2].map(|back| match index.checked_sub(back) {
+            Some(i) => lambda(i + 1) - lambda(i),
+            None => f64::NAN,
+        });
+        if h == 0.0 {
+            return;
         }
-        Ok(())
+        let weights = Weights::new(self.algorithm, &self.levels[index], &self.levels[index + 1], h);
+        let (x, fresh) = ((weights.sample, state.x.as_slice()), (weights.noise, fresh.as_slice()));
+        state.x = match (self.order_at(index).min(state.outputs.len()), state.outputs.as_slice()) {
+            (3, [m0, m1, m2]) => {
+                let [c0, c1, c2] = weights.third_order(past.map(|p| p / h));
+                combine([x, (c0, m0), (c1, m1), (c2, m2), fresh])
+            }
+            (2, [m0, m1, ..]) => {
+                let slope = if self.heun { weights.slope } else { 0.5 * weights.output };
+                let c1 = -slope * h / past[0];
+                combine([x, (weights.output - c1, m0), (c1, m1), fresh])
+            }
+            (_, outputs) => combine([x, (weights.output, &outputs[0]), fresh]),
+        };
     }
 }
 

@@ -8,14 +8,16 @@
 //! and from its start to its end; both are made of two independent draws, which is
 //! the tree's distribution exactly. Everything else equals the reference.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
 use super::euler::ancestral;
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{LogSigmas, Plan, Ramp, Spacing, k_diffusion_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DPMSolverSDEScheduler";
 
+#[derive(Clone, Copy)]
 struct Step {
     from: Level,
     /// The middle and the sigma of the end; none for the last step, to zero.
@@ -23,7 +25,8 @@ struct Step {
 }
 
 struct DpmSde {
-    steps: Vec<Step>,
+    /// A step for each call of the network, and whether the call is in its middle.
+    calls: Vec<(Step, bool)>,
     initial_scale: f32,
 }
 
@@ -44,9 +47,10 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         });
         Step { from: Level::growing(sigma, t), rest }
     };
-    let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step).collect();
+    let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step);
+    let calls = steps.flat_map(|s| std::iter::once((s, false)).chain(s.rest.map(|_| (s, true)))).collect();
     let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
-    Ok(Built { solver: Box::new(DpmSde { steps, initial_scale }), prediction, bound: Bound::None })
+    Ok(Built { solver: Box::new(DpmSde { calls, initial_scale }), prediction, bound: Bound::None })
 }
 
 /// The fields as this class and LMS read them: their Karras ramp, unlike the
@@ -57,40 +61,45 @@ pub(super) fn limits(fields: &Fields, ramp: Option<Ramp>) -> Fields {
 
 impl Solver for DpmSde {
     fn evaluations(&self) -> usize {
-        self.steps.iter().map(|s| 1 + usize::from(s.rest.is_some())).sum()
+        self.calls.len()
     }
 
     fn initial_scale(&self) -> f32 {
         self.initial_scale
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        let mut first = vec![0.0; x.len()];
-        let mut second = vec![0.0; x.len()];
-        for Step { from, rest } in &self.steps {
-            let clean = model.clean(x, from)?;
-            let Some((middle, next)) = rest else {
-                // Straight to the clean sample, as a step of Euler's.
-                let slope = zip(x, &clean, |x, clean| (x - clean) / from.sigma);
-                *x = combine([(1.0, x), ((-from.sigma).into(), &slope)]);
-                continue;
-            };
-            draw(&mut first);
-            draw(&mut second);
-            let there = advance(x, &clean, from.sigma, middle.sigma, &first);
-            let clean = model.clean(&there, middle)?;
-            // The path's increment over the whole step, in unit variance.
-            let whole = f64::from(from.sigma - next);
-            let (half, rest) = (f64::from(from.sigma - middle.sigma), f64::from(middle.sigma - next));
-            let noise = combine([((half / whole).sqrt(), &first), ((rest / whole).sqrt(), &second)]);
-            *x = advance(x, &clean, from.sigma, *next, &noise);
+    fn level(&self, index: usize) -> &Level {
+        match &self.calls[index] {
+            (Step { rest: Some((middle, _)), .. }, true) => middle,
+            (step, _) => &step.from,
         }
-        Ok(())
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        let (Step { from, rest }, in_middle) = self.calls[index];
+        let clean = predicted.clean();
+        let Some((middle, next)) = rest else {
+            // Straight to the clean sample, as a step of Euler's.
+            let slope = zip(&state.x, &clean, |x, clean| (x - clean) / from.sigma);
+            state.x = combine([(1.0, &state.x), ((-from.sigma).into(), &slope)]);
+            return;
+        };
+        let fresh = draw(state.x.len(), noise);
+        if !in_middle {
+            state.probe = Some(ancestral_step(&state.x, &clean, from.sigma, middle.sigma, &fresh));
+            state.kept = fresh;
+            return;
+        }
+        // The path's increment over the whole step, in unit variance.
+        let whole = f64::from(from.sigma - next);
+        let (half, rest) = (f64::from(from.sigma - middle.sigma), f64::from(middle.sigma - next));
+        let noise = combine([((half / whole).sqrt(), &state.kept), ((rest / whole).sqrt(), &fresh)]);
+        state.x = ancestral_step(&state.x, &clean, from.sigma, next, &noise);
     }
 }
 
 /// Goes towards a clean sample as far as the ancestral split says, and adds noise.
-fn advance(x: &[f32], clean: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f32> {
+fn ancestral_step(x: &[f32], clean: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f32> {
     let (down, up) = ancestral(from, to);
     let kept = f64::from(down / from);
     combine([(kept, x), (1.0 - kept, clean), (up.min(to).into(), noise)])
@@ -98,17 +107,10 @@ fn advance(x: &[f32], clean: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Model, Sampler};
+    use std::sync::Arc;
+
+    use super::super::{Sampler, Trajectory};
     use super::*;
-
-    /// Predicts no noise, so that latents move by what is drawn alone.
-    struct Nothing;
-
-    impl Model for Nothing {
-        fn predict(&mut self, x: &[f32], _: f32) -> Result<Vec<f32>, Stop> {
-            Ok(vec![0.0; x.len()])
-        }
-    }
 
     /// A Brownian path's increment over a whole step has unit variance in its own
     /// measure, and shares with the one over the first half what the half has of the whole.
@@ -116,18 +118,21 @@ mod tests {
     fn increments_are_those_of_a_brownian_path() {
         let config = serde_json::json!({"beta_schedule": "scaled_linear"});
         let kind = "dpmpp_sde".parse().ok();
-        let sampler = Sampler::new(kind, &config, 4).unwrap();
+        let sampler = Arc::new(Sampler::new(kind, &config, 4).unwrap());
         // With the clean sample equal to the latents, the final latents are linear in
         // the draws. The response to each draw alone gives their whole law.
         let response = |which: usize| {
             let mut drawn = 0;
-            let mut x = vec![0.0];
             let mut draw = |noise: &mut [f32]| {
                 noise.fill(if drawn == which { 1.0 } else { 0.0 });
                 drawn += 1;
             };
-            sampler.run(&mut x, &mut Nothing, &mut draw).unwrap();
-            (f64::from(x[0]), drawn)
+            // The network predicts no noise, so that latents move by what is drawn alone.
+            let mut way = Trajectory::new(Arc::clone(&sampler), vec![0.0]);
+            while way.query().is_some() {
+                way.advance(vec![0.0], &mut draw);
+            }
+            (f64::from(way.latents()[0]), drawn)
         };
         let (_, draws) = response(usize::MAX);
         assert_eq!(draws, 6, "two for each step but the last");

@@ -5,11 +5,12 @@
 //! order: what the group's earlier steps found serves as intermediate points only.
 //! This class spaces its timesteps evenly whatever the file says.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::dpm_multistep::{Algorithm, Weights, clipped_len, heun_type, refuse_flow};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, multistep_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "DPMSolverSinglestepScheduler";
 
@@ -71,43 +72,38 @@ impl Solver for DpmSinglestep {
         self.orders.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        // Outputs of the group, newest first, and the sample at its start.
-        let mut outputs: Vec<Vec<f32>> = Vec::new();
-        let mut start = Vec::new();
-        let mut fresh = vec![0.0; x.len()];
-        for (step, &order) in self.orders.iter().enumerate() {
-            outputs.insert(0, self.algorithm.output(model, x, &self.levels[step])?);
-            outputs.truncate(3);
-            if self.algorithm.stochastic {
-                draw(&mut fresh);
-            }
-            if order == 1 {
-                start.clone_from(x);
-            }
-            // From the group's start to the end of this step.
-            let first = step + 1 - order;
-            let distance = |i: usize| self.ratios[first].ln() - self.ratios[i].ln();
-            let h = distance(step + 1);
-            let weights = Weights::new(self.algorithm, &self.levels[first], &self.levels[step + 1], h);
-            let sample = (weights.sample, start.as_slice());
-            let noise = (weights.noise, fresh.as_slice());
-            *x = match outputs.as_slice() {
-                [m0, m1, m2] if order == 3 => {
-                    let (r0, r1) = (distance(step) / h, distance(step - 1) / h);
-                    let [c0, c1] = self.third_order(&weights, r0, r1);
-                    combine([sample, (weights.output - c0 - c1, m2), (c1, m1), (c0, m0), noise])
-                }
-                [m0, m1, ..] if order == 2 => {
-                    let slope = if self.heun { weights.slope } else { 0.5 * weights.output };
-                    let c0 = slope * h / distance(step);
-                    combine([sample, (weights.output - c0, m1), (c0, m0), noise])
-                }
-                [m0, ..] => combine([sample, (weights.output, m0), noise]),
-                [] => return Ok(()),
-            };
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        state.remember(self.algorithm.output(predicted), 3);
+        let len = state.x.len();
+        let fresh = if self.algorithm.stochastic { draw(len, noise) } else { vec![0.0; len] };
+        let order = self.orders[index];
+        if order == 1 {
+            state.start.clone_from(&state.x);
         }
-        Ok(())
+        // From the group's start to the end of this step.
+        let first = index + 1 - order;
+        let distance = |i: usize| self.ratios[first].ln() - self.ratios[i].ln();
+        let h = distance(index + 1);
+        let weights = Weights::new(self.algorithm, &self.levels[first], &self.levels[index + 1], h);
+        let sample = (weights.sample, state.start.as_slice());
+        let fresh = (weights.noise, fresh.as_slice());
+        state.x = match (order, state.outputs.as_slice()) {
+            (3, [m0, m1, m2]) => {
+                let (r0, r1) = (distance(index) / h, distance(index - 1) / h);
+                let [c0, c1] = self.third_order(&weights, r0, r1);
+                combine([sample, (weights.output - c0 - c1, m2), (c1, m1), (c0, m0), fresh])
+            }
+            (2, [m0, m1, ..]) => {
+                let slope = if self.heun { weights.slope } else { 0.5 * weights.output };
+                let c0 = slope * h / distance(index);
+                combine([sample, (weights.output - c0, m1), (c0, m0), fresh])
+            }
+            (_, outputs) => combine([sample, (weights.output, &outputs[0]), fresh]),
+        };
     }
 }
 

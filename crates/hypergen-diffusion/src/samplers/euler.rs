@@ -3,10 +3,11 @@
 //! `EulerAncestralDiscreteScheduler`. The churn of the former is not offered:
 //! pipelines never turn it on.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule, torch_linspace};
 use super::spacing::{FinalSigma, Levels, LogSigmas, Plan, Ramp, Spacing, interpolate, k_diffusion_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::trajectory::draw;
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "EulerDiscreteScheduler";
 pub(super) const ANCESTRAL_CLASS: &str = "EulerAncestralDiscreteScheduler";
@@ -98,20 +99,20 @@ impl Solver for Euler {
         self.initial_scale
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, draw: Noise<'_>) -> Result<(), Stop> {
-        let mut fresh = if self.ancestral { vec![0.0; x.len()] } else { Vec::new() };
-        for (level, &next) in self.levels.iter().zip(self.sigmas.iter().skip(1)) {
-            let noise = model.noise(x, level)?;
-            let sigma = level.sigma;
-            if self.ancestral {
-                let (down, up) = ancestral(sigma, next);
-                draw(&mut fresh);
-                *x = combine([(1.0, x), ((down - sigma).into(), &noise), (up.into(), &fresh)]);
-            } else {
-                *x = combine([(1.0, x), ((next - sigma).into(), &noise)]);
-            }
-        }
-        Ok(())
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
+        let slope = predicted.noise();
+        let (sigma, next) = (predicted.level.sigma, self.sigmas[index + 1]);
+        state.x = if self.ancestral {
+            let (down, up) = ancestral(sigma, next);
+            let fresh = draw(state.x.len(), noise);
+            combine([(1.0, &state.x), ((down - sigma).into(), &slope), (up.into(), &fresh)])
+        } else {
+            combine([(1.0, &state.x), ((next - sigma).into(), &slope)])
+        };
     }
 }
 

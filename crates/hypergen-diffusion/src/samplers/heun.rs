@@ -2,10 +2,10 @@
 //! without churn), as `HeunDiscreteScheduler`: every step but the last asks the
 //! network twice.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
 use super::schedule::{BetaDefaults, BetaSchedule, Schedule};
 use super::spacing::{Plan, Ramp, Spacing, k_diffusion_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "HeunDiscreteScheduler";
 
@@ -35,19 +35,28 @@ impl Solver for Heun {
         self.initial_scale
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        for (step, level) in self.levels.iter().enumerate() {
-            let slope = model.noise(x, level)?;
-            let Some(next) = self.levels.get(step + 1) else {
-                *x = combine([(1.0, x), ((-level.sigma).into(), &slope)]);
-                break;
-            };
-            let way = next.sigma - level.sigma;
-            let there = combine([(1.0, x), (way.into(), &slope)]);
-            let slope_there = model.noise(&there, next)?;
-            let mean = zip(&slope, &slope_there, |a, b| (a + b) / 2.0);
-            *x = combine([(1.0, x), (way.into(), &mean)]);
+    fn level(&self, index: usize) -> &Level {
+        // Every step but the last asks at its start and at its end.
+        &self.levels[index.div_ceil(2)]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        let slope = predicted.noise();
+        let level = &self.levels[index / 2];
+        let Some(next) = self.levels.get(index / 2 + 1) else {
+            state.x = combine([(1.0, &state.x), ((-level.sigma).into(), &slope)]);
+            return;
+        };
+        let way = f64::from(next.sigma - level.sigma);
+        match state.outputs.pop() {
+            None => {
+                state.probe = Some(combine([(1.0, &state.x), (way, &slope)]));
+                state.outputs.push(slope);
+            }
+            Some(first) => {
+                let mean = zip(&first, &slope, |a, b| (a + b) / 2.0);
+                state.x = combine([(1.0, &state.x), (way, &mean)]);
+            }
         }
-        Ok(())
     }
 }

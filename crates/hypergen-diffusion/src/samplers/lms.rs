@@ -2,11 +2,11 @@
 //! slope is the polynomial through the last four, integrated over the step.
 //! `LMSDiscreteScheduler`.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, zip};
 use super::dpm_sde::limits;
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{Plan, Ramp, Spacing, k_diffusion_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "LMSDiscreteScheduler";
 
@@ -59,18 +59,17 @@ impl Solver for Lms {
         self.initial_scale
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        let mut slopes: Vec<Vec<f32>> = Vec::new();
-        for (level, weights) in self.levels.iter().zip(&self.weights) {
-            slopes.insert(0, model.noise(x, level)?);
-            slopes.truncate(ORDER);
-            let mut sum = vec![0.0; x.len()];
-            for (weight, slope) in weights.iter().zip(&slopes) {
-                sum = zip(&sum, slope, |sum, slope| sum + weight * slope);
-            }
-            *x = zip(x, &sum, |x, sum| x + sum);
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        state.remember(predicted.noise(), ORDER);
+        let mut sum = vec![0.0; state.x.len()];
+        for (weight, slope) in self.weights[index].iter().zip(&state.outputs) {
+            sum = zip(&sum, slope, |sum, slope| sum + weight * slope);
         }
-        Ok(())
+        state.x = zip(&state.x, &sum, |x, sum| x + sum);
     }
 }
 

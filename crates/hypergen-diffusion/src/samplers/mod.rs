@@ -1,11 +1,12 @@
-//! Samplers: from noise to latents, one file per family, over one wrapper of
-//! the network.
+//! Samplers: from noise to latents, one file per family, over one reading of
+//! what the network predicts.
 //!
-//! A sampler never sees a UNet, a guidance scale or a prediction type: it
-//! sees a `Denoiser`, which turns whatever the network predicts into a clean
-//! sample and a noise at a noise level. Latents are flat float32 slices, so
-//! that every step is a weighted sum of slices and several pictures can share
-//! one loop.
+//! A sampler never sees a UNet, a guidance scale or a prediction type: it says
+//! at which noise level it wants a prediction, and is handed `Predicted`, which
+//! turns whatever the network said into a clean sample and a noise. A
+//! [`Trajectory`] is one picture's way through a sampler; the pipeline owns the
+//! loop over the trajectories that share a forward pass. Latents are flat
+//! float32 slices, so that every step is a weighted sum of slices.
 //!
 //! Each sampler follows the diffusers class that its line in the table
 //! names, field by field; factors are computed in float64 from the
@@ -30,15 +31,18 @@ mod pndm;
 mod schedule;
 mod spacing;
 mod table;
+mod trajectory;
 mod unipc;
 
 use thiserror::Error;
 
 use config::Fields;
-use denoiser::{Bound, Denoiser, Prediction};
+use denoiser::{Bound, Level, Predicted, Prediction};
+use trajectory::State;
 
 pub use config::read_config;
 pub use table::SamplerKind;
+pub use trajectory::{NoiseLevel, Query, StepView, Trajectory};
 
 /// Why a sampler cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -76,29 +80,8 @@ pub enum SamplerError {
     Steps(String),
 }
 
-/// A loop that was stopped, or a model that failed: whatever the model's
-/// side returns is passed through.
-pub type Stop = crate::Error;
-
 /// Fills a slice with unit normal draws.
 type Noise<'a> = &'a mut dyn FnMut(&mut [f32]);
-
-/// The network as a sampler's wrapper sees it.
-pub trait Model {
-    /// The raw output (epsilon, v or sample) for latents `x`, already scaled
-    /// to unit variance, at a possibly fractional `timestep`. Guidance is
-    /// applied inside.
-    ///
-    /// # Errors
-    /// When the generation is to stop.
-    fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Stop>;
-
-    /// How many pictures of equal size `x` holds, one after the other. Only
-    /// dynamic thresholding, which looks at a whole picture, asks.
-    fn pictures(&self) -> usize {
-        1
-    }
-}
 
 /// What a family's file makes of a scheduler's fields.
 struct Built {
@@ -107,18 +90,23 @@ struct Built {
     bound: Bound,
 }
 
-/// A family's way from noise to clean latents.
+/// A family's way from noise to clean latents: which levels it asks the network at,
+/// and what it does with each answer. It holds nothing of a picture; that is [`State`].
 trait Solver: Send + Sync {
     /// Times that the network is called.
     fn evaluations(&self) -> usize;
+
+    /// The level that the network is asked at in the call `index`.
+    fn level(&self, index: usize) -> &Level;
 
     /// Factor on unit normal noise to make the first latents.
     fn initial_scale(&self) -> f32 {
         1.0
     }
 
-    /// The whole loop.
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, noise: Noise<'_>) -> Result<(), Stop>;
+    /// Takes the answer to the call `index` into `state`: moves the latents, or
+    /// sets the probe at which the network is asked next.
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>);
 }
 
 /// A sampler, built for one checkpoint's schedule and a number of steps.
@@ -163,21 +151,6 @@ impl Sampler {
     /// Times that the model is called.
     pub fn evaluations(&self) -> usize {
         self.built.solver.evaluations()
-    }
-
-    /// Takes `x` from noise to clean latents. `noise` fills a slice of `x`'s
-    /// length with unit normal draws, wherever the sampler needs fresh ones.
-    ///
-    /// # Errors
-    /// When the model stops.
-    pub fn run(
-        &self,
-        x: &mut Vec<f32>,
-        model: &mut dyn Model,
-        noise: &mut dyn FnMut(&mut [f32]),
-    ) -> Result<(), Stop> {
-        let mut denoiser = Denoiser::new(model, self.built.prediction, self.built.bound);
-        self.built.solver.run(x, &mut denoiser, noise)
     }
 }
 

@@ -10,10 +10,10 @@
 //! see clean samples, and has no bounds to honour.
 
 use super::ddim::{Table, check_signal};
-use super::denoiser::{Bound, Denoiser, Level, Prediction, combine, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{Plan, Spacing};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "PNDMScheduler";
 
@@ -114,57 +114,55 @@ impl Solver for Pndm {
         self.calls.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        // Newest last, at most four.
-        let mut slopes: Vec<Vec<f32>> = Vec::new();
-        let mut kept = Vec::new();
-        let mut sum = Vec::new();
-        for call in &self.calls {
-            let raw = model.raw(x, &call.seen)?;
-            let combined = match call.role {
-                Role::RungeKutta(0) => {
-                    kept.clone_from(x);
-                    sum = combine([(1.0 / 6.0, &raw)]);
-                    remember(&mut slopes, raw.clone());
-                    raw
-                }
-                Role::RungeKutta(3) => combine([(1.0, &sum), (1.0 / 6.0, &raw)]),
-                Role::RungeKutta(_) => {
-                    sum = combine([(1.0, &sum), (1.0 / 3.0, &raw)]);
-                    raw
-                }
-                Role::First => {
-                    kept.clone_from(x);
-                    remember(&mut slopes, raw.clone());
-                    raw
-                }
-                Role::Again => slopes.last().map_or(raw.clone(), |s| combine([(0.5, &raw), (0.5, s)])),
-                Role::Multistep => {
-                    remember(&mut slopes, raw);
-                    adams_bashforth(&slopes)
-                }
-            };
-            let base = if matches!(call.role, Role::Multistep | Role::First) { &*x } else { &kept };
-            *x = transfer(model, base, combined, call);
+    fn level(&self, index: usize) -> &Level {
+        &self.calls[index].seen
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        let call = &self.calls[index];
+        let raw = predicted.raw;
+        if matches!(call.role, Role::RungeKutta(0) | Role::First) {
+            state.start.clone_from(&state.x);
         }
-        Ok(())
+        let combined = match call.role {
+            Role::RungeKutta(0) => {
+                state.kept = combine([(1.0 / 6.0, raw)]);
+                state.remember(raw.to_vec(), ORDER);
+                raw.to_vec()
+            }
+            Role::RungeKutta(3) => combine([(1.0, &state.kept), (1.0 / 6.0, raw)]),
+            Role::RungeKutta(_) => {
+                state.kept = combine([(1.0, &state.kept), (1.0 / 3.0, raw)]);
+                raw.to_vec()
+            }
+            Role::First => {
+                state.remember(raw.to_vec(), ORDER);
+                raw.to_vec()
+            }
+            Role::Again => match state.outputs.first() {
+                Some(slope) => combine([(0.5, raw), (0.5, slope)]),
+                None => raw.to_vec(),
+            },
+            Role::Multistep => {
+                state.remember(raw.to_vec(), ORDER);
+                adams_bashforth(&state.outputs)
+            }
+        };
+        let base = if call.role == Role::Multistep { &state.x } else { &state.start };
+        state.x = transfer(predicted, base, &combined, call);
     }
 }
 
-fn remember(slopes: &mut Vec<Vec<f32>>, slope: Vec<f32>) {
-    if slopes.len() == 4 {
-        slopes.remove(0);
-    }
-    slopes.push(slope);
-}
+/// Slopes that the multistep method looks back to.
+const ORDER: usize = 4;
 
-/// The Adams-Bashforth sum of as many slopes as there are.
+/// The Adams-Bashforth sum of as many slopes as there are, newest first.
 fn adams_bashforth(slopes: &[Vec<f32>]) -> Vec<f32> {
     match slopes {
-        [d, c, b, a] => combine([(55.0 / 24.0, a), (-59.0 / 24.0, b), (37.0 / 24.0, c), (-9.0 / 24.0, d)]),
-        [c, b, a] => combine([(23.0 / 12.0, a), (-16.0 / 12.0, b), (5.0 / 12.0, c)]),
-        [b, a] => combine([(1.5, a), (-0.5, b)]),
-        [.., a] => a.clone(),
+        [a, b, c, d] => combine([(55.0 / 24.0, a), (-59.0 / 24.0, b), (37.0 / 24.0, c), (-9.0 / 24.0, d)]),
+        [a, b, c] => combine([(23.0 / 12.0, a), (-16.0 / 12.0, b), (5.0 / 12.0, c)]),
+        [a, b] => combine([(1.5, a), (-0.5, b)]),
+        [a, ..] => a.clone(),
         [] => Vec::new(),
     }
 }
@@ -173,8 +171,8 @@ fn adams_bashforth(slopes: &[Vec<f32>]) -> Vec<f32> {
 ///
 /// In the reference's order of operations: with the steepest schedules a single
 /// step magnifies by thousands, rounding included.
-fn transfer(model: &Denoiser<'_>, x: &[f32], combined: Vec<f32>, call: &Call) -> Vec<f32> {
-    let noise = model.noise_of(combined, x, &call.from);
+fn transfer(predicted: &Predicted<'_>, x: &[f32], combined: &[f32], call: &Call) -> Vec<f32> {
+    let noise = predicted.noise_of(combined, x, &call.from);
     let (from, to) = (call.from.product, call.to.product);
     let own = (to / from).sqrt();
     let divisor = from * (1.0 - to).sqrt() + (from * (1.0 - from) * to).sqrt();

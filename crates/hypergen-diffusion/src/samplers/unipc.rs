@@ -3,10 +3,10 @@
 //!
 //! Its flow-matching fields and a foreign predictor (`solver_p`) are refused.
 
-use super::denoiser::{Bound, Denoiser, Level, Prediction, zip};
+use super::denoiser::{Bound, Level, Predicted, Prediction, zip};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, Spacing, multistep_levels};
-use super::{Built, Fields, Noise, SamplerError, Solver, Stop};
+use super::{Built, Fields, Noise, SamplerError, Solver, State};
 
 pub(super) const CLASS: &str = "UniPCMultistepScheduler";
 
@@ -73,29 +73,27 @@ impl Solver for UniPc {
         self.orders.len()
     }
 
-    fn run(&self, x: &mut Vec<f32>, model: &mut Denoiser<'_>, _: Noise<'_>) -> Result<(), Stop> {
-        // Newest first, at most three.
-        let mut outputs: Vec<Vec<f32>> = Vec::new();
-        let mut last = Vec::new();
-        for (step, &order) in self.orders.iter().enumerate() {
-            let level = &self.levels[step];
-            let output = if self.clean { model.clean(x, level)? } else { model.noise(x, level)? };
-            if self.corrected[step] {
-                *x = self.advance(step - 1, self.orders[step - 1], &last, &outputs, Some(&output));
-            }
-            outputs.insert(0, output);
-            outputs.truncate(ORDER);
-            last.clone_from(x);
-            *x = self.advance(step, order, x, &outputs, None);
+    fn level(&self, index: usize) -> &Level {
+        &self.levels[index]
+    }
+
+    fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
+        let output = if self.clean { predicted.clean() } else { predicted.noise() };
+        if self.corrected[index] && !state.outputs.is_empty() {
+            let order = self.orders[index - 1].min(state.outputs.len());
+            state.x = self.step(index - 1, order, &state.start, &state.outputs, Some(&output));
         }
-        Ok(())
+        state.remember(output, ORDER);
+        let order = self.orders[index].min(state.outputs.len());
+        let next = self.step(index, order, &state.x, &state.outputs, None);
+        state.start = std::mem::replace(&mut state.x, next);
     }
 }
 
 impl UniPc {
     /// Takes one step from `x`: a prediction, or with the output found
     /// at its end a correction.
-    fn advance(
+    fn step(
         &self,
         step: usize,
         order: usize,

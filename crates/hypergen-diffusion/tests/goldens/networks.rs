@@ -93,7 +93,7 @@ fn check_unet(blocks: &Blocks, which: &str, weights: &Weights, config: &Value) {
         let added = pooled.as_ref().map(|pooled| Added { pooled, time_ids: &time_ids });
         let conditioning = unet.condition(&text, added.as_ref(), row["guidance"].as_f64());
         let timestep = row["timestep"].as_f64().unwrap() as f32;
-        let out = unet.forward(&tensor(&[n, h, w, channels], &sample), timestep, &conditioning);
+        let out = unet.forward(&tensor(&[n, h, w, channels], &sample), &[(&conditioning, timestep)]);
         blocks.check(&name, &to_nchw(&out.to_f32(), out.nhwc()));
     }
 }
