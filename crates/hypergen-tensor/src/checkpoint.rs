@@ -2,17 +2,20 @@
 //! the binary. Files are memory-mapped and nothing is copied before a tensor
 //! is packed. Pickles are not read, here or anywhere.
 
+mod numbers;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use memmap2::{Mmap, MmapMut, UncheckedAdvice};
 use safetensors::{SafeTensorError, SafeTensors};
 use thiserror::Error;
+
+pub use numbers::FileDType;
+use numbers::widen;
 
 /// Why a checkpoint cannot be read.
 #[derive(Debug, Error)]
@@ -75,27 +78,6 @@ pub enum CheckpointError {
     },
 }
 
-/// Number types that weights are stored in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileDType {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl FileDType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
@@ -137,6 +119,11 @@ pub struct Renamed {
 }
 
 impl TensorInfo {
+    /// The number type, where it is one that is read.
+    pub fn dtype(&self) -> Option<FileDType> {
+        self.dtype.as_ref().ok().copied()
+    }
+
     /// Stored size.
     pub fn bytes(&self) -> u64 {
         (self.end - self.start) as u64
@@ -333,7 +320,7 @@ impl Checkpoint {
                     data.len()
                 )));
             }
-            let dtype = file_dtype(info.dtype);
+            let dtype = FileDType::of(info.dtype);
             let info = TensorInfo {
                 shape: info.shape.clone(),
                 dtype,
@@ -443,16 +430,31 @@ impl Checkpoint {
                 expected: expected.to_vec(),
             });
         }
-        let dtype = info.dtype.clone().map_err(|found| CheckpointError::Type {
-            name: name.to_owned(),
-            path: path.clone(),
-            found,
-        })?;
+        match &info.dtype {
+            Ok(dtype) if !dtype.is_of_weights() => Err(self.type_error(name, dtype.name())),
+            _ => self.stored(name),
+        }
+    }
+
+    /// A tensor's values in the shape that it has, of any number type.
+    ///
+    /// # Errors
+    /// When it is missing, or of a type that is not read at all.
+    pub fn stored(&self, name: &str) -> Result<Values<'_>, CheckpointError> {
+        let info = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
         Ok(Values(Source::Stored {
             bytes: &self.sources[info.source].bytes.as_slice()[info.start..info.end],
-            dtype,
+            dtype: info.dtype.clone().map_err(|found| self.type_error(name, &found))?,
             columns: info.transposed.then(|| info.shape[0]),
         }))
+    }
+
+    fn type_error(&self, name: &str, found: &str) -> CheckpointError {
+        let path = match self.tensors.get(name) {
+            Some(info) => self.sources[info.source].label.clone(),
+            None => self.label.clone(),
+        };
+        CheckpointError::Type { name: name.to_owned(), path, found: found.to_owned() }
     }
 
     /// Tells the system that a tensor's pages are not needed again: while a
@@ -529,32 +531,6 @@ impl Values<'_> {
     }
 }
 
-fn widen(bytes: &[u8], dtype: FileDType, out: &mut [f32]) {
-    match dtype {
-        FileDType::F32 => {
-            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *out = f32::from_le_bytes(*b);
-            }
-        }
-        FileDType::F16 => {
-            // A slice at once: single values are widened far slower.
-            let mut halves = [f16::ZERO; 256];
-            for (out, bytes) in out.chunks_mut(halves.len()).zip(bytes.chunks(2 * halves.len())) {
-                let halves = &mut halves[..out.len()];
-                for (half, b) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *half = f16::from_le_bytes(*b);
-                }
-                halves.convert_to_f32_slice(out);
-            }
-        }
-        FileDType::Bf16 => {
-            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = bf16::from_le_bytes(*b).to_f32();
-            }
-        }
-    }
-}
-
 /// Random weights: matrices keep the variance of what goes through them,
 /// scales are 1 and shifts 0.
 #[derive(Clone, Copy)]
@@ -593,15 +569,6 @@ impl Random {
 fn trimmed(shape: &[usize]) -> &[usize] {
     let ones = shape.iter().rev().take_while(|&&d| d == 1).count();
     &shape[..shape.len() - ones]
-}
-
-fn file_dtype(dtype: safetensors::Dtype) -> Result<FileDType, String> {
-    match dtype {
-        safetensors::Dtype::F32 => Ok(FileDType::F32),
-        safetensors::Dtype::F16 => Ok(FileDType::F16),
-        safetensors::Dtype::BF16 => Ok(FileDType::Bf16),
-        other => Err(format!("{other:?}")),
-    }
 }
 
 /// A shard's file name, if it is just that.
