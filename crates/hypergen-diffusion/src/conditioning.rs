@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::finite::finite;
+use crate::lora::{Component, Embedding};
 use crate::models::text_encoder::{HiddenState, TextEncoder};
 use crate::models::unet::UNetConfig;
 use crate::prompt::{self, Chunk, PromptSyntax};
@@ -64,10 +65,18 @@ impl TextConditioner {
         Self { parts, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
     }
 
-    /// Says that the encoders' weights are now those of this number: what was
-    /// encoded with others is not what they give.
-    pub(crate) fn set_weights(&mut self, weights: u64) {
-        self.weights = weights;
+    /// Says that the encoders' weights are now those of this number, with words
+    /// of their own: what was encoded with others is not what they give.
+    pub(crate) fn set_weights(&mut self, weights: u64, embeddings: &[Embedding]) {
+        if std::mem::replace(&mut self.weights, weights) == weights {
+            return;
+        }
+        for (i, part) in self.parts.iter_mut().enumerate() {
+            let component = if i == 0 { Component::Text } else { Component::Text2 };
+            let own: Vec<&Embedding> = embeddings.iter().filter(|e| e.component == component).collect();
+            part.tokenizer.set_words(own.iter().map(|e| (e.word.as_str(), e.count)));
+            part.encoder.set_words(&own.iter().flat_map(|e| &e.values).copied().collect::<Vec<f32>>());
+        }
     }
 
     /// Checks that encoders and UNet belong together.

@@ -5,13 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Module, Tensor, TorchGenerator};
+use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Tensor, TorchGenerator};
 use serde_json::Value;
 
 use crate::conditioning::{TextConditioner, TextPart};
 use crate::families::{self, Family, Traits};
 use crate::files::ModelFiles;
-use crate::lora::{Adapters, Component, DEFAULT_CACHE, Targets};
+use crate::lora::{self, Adapters, Component, DEFAULT_CACHE, Targets};
 use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
 use crate::models::unet::{UNet, UNetConfig};
 use crate::models::vae::{Decoder, VaeConfig};
@@ -138,7 +138,7 @@ pub(crate) fn load_files(
         done.set(done.get() + bytes);
         (progress.borrow_mut())(LoadProgress { done: done.get().min(total), total });
     };
-    let loading = Loading { files, device: &device, dtype, report: &report, modules: RefCell::default() };
+    let loading = Loading { files, device: &device, dtype, report: &report, changeable: RefCell::default() };
 
     let unet = loading.unet(&parts.unet)?;
     let text = loading.text(&parts, &unet)?;
@@ -184,8 +184,8 @@ pub(crate) fn load_files(
         default_guidance: family.guidance,
         min_guidance: family.min_guidance,
     };
-    let modules = loading.modules.into_inner();
-    let adapters = Adapters::new(Targets::new(modules), options.lora_cache.unwrap_or(DEFAULT_CACHE));
+    let changeable = loading.changeable.into_inner();
+    let adapters = Adapters::new(Targets::new(changeable), options.lora_cache.unwrap_or(DEFAULT_CACHE));
     device.release_unused();
     Ok(Pipeline {
         info,
@@ -320,7 +320,7 @@ struct Loading<'a> {
     dtype: DType,
     report: &'a dyn Fn(u64),
     /// What LoRAs can change, by the part that it belongs to.
-    modules: RefCell<Vec<(Component, Vec<Module>)>>,
+    changeable: RefCell<Vec<lora::Part>>,
 }
 
 impl Loading<'_> {
@@ -331,12 +331,18 @@ impl Loading<'_> {
         read(&json).map_err(|e| Error { message: format!("{}: {}", self.files.show(&file), e.message), ..e })
     }
 
+    /// Remembers what LoRAs can change of a part that was loaded.
+    fn changeable(&self, component: Component, loader: &Loader<'_>) {
+        let part = lora::Part { component, modules: loader.modules(), vectors: loader.vectors() };
+        self.changeable.borrow_mut().push(part);
+    }
+
     fn unet(&self, checkpoint: &Checkpoint) -> Result<UNet, Error> {
         let config = self.config("unet", UNetConfig::from_json)?;
         let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
         let unet = UNet::load(&loader.root(), config)?;
         nothing_left(&loader, checkpoint, |_| false)?;
-        self.modules.borrow_mut().push((Component::UNet, loader.modules()));
+        self.changeable(Component::UNet, &loader);
         Ok(unet)
     }
 
@@ -361,7 +367,7 @@ impl Loading<'_> {
             let encoder = TextEncoder::load(&loader.root(), config)?;
             nothing_left(&loader, checkpoint, beside_text_encoder)?;
             let component = if loaded.is_empty() { Component::Text } else { Component::Text2 };
-            self.modules.borrow_mut().push((component, loader.modules()));
+            self.changeable(component, &loader);
             loaded.push(TextPart { tokenizer, encoder });
         }
         // SDXL takes the penultimate layer of both encoders as it is.

@@ -92,7 +92,7 @@ impl Pipeline {
         }
         stop_if_unwanted(observer, requests.len())?;
         self.adapters.activate(&first.loras, &self.device)?;
-        self.text.set_weights(self.adapters.text());
+        self.text.set_weights(self.adapters.text(), self.adapters.embeddings());
         let started = Instant::now();
         let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
         let conditioning = self.condition(requests, guided, size)?;

@@ -2,6 +2,7 @@
 //! files: `vocab.json` with `merges.txt`, or `tokenizer.json` alone.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -32,6 +33,16 @@ pub struct Tokenizer {
     pad: u32,
     comma: Option<u32>,
     length: usize,
+    /// Embeddings of the text encoder.
+    vocab: usize,
+    /// See [`Tokenizer::set_words`]; longer ones before shorter.
+    added: Vec<AddedWord>,
+}
+
+/// A word that stands for ids of its own.
+struct AddedWord {
+    tokens: Vec<u32>,
+    ids: Range<u32>,
 }
 
 /// A prompt in the text encoder's terms.
@@ -99,7 +110,7 @@ impl Tokenizer {
             ));
         }
         let comma = inner.token_to_id(COMMA);
-        Ok(Self { inner, bos, eos, pad, comma, length })
+        Ok(Self { inner, bos, eos, pad, comma, length, vocab, added: vec![] })
     }
 
     /// Tokens of every encoded prompt, begin and end included.
@@ -122,7 +133,43 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's files lead it into a token that it does not have.
     pub fn words(&self, text: &str) -> Result<Vec<u32>, Error> {
-        Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
+        let tokens = self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec();
+        if self.added.is_empty() {
+            return Ok(tokens);
+        }
+        let (mut ids, mut rest) = (vec![], tokens.as_slice());
+        while let [first, more @ ..] = rest {
+            match self.added.iter().find(|word| rest.starts_with(&word.tokens)) {
+                Some(word) => {
+                    ids.extend(word.ids.clone());
+                    rest = &rest[word.tokens.len()..];
+                }
+                None => {
+                    ids.push(*first);
+                    rest = more;
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Words, each with the number of ids that it stands for from now on, in
+    /// the place of all earlier ones. The ids follow the vocabulary's, in this
+    /// order. A word is known by its tokens, wherever they stand in a prompt;
+    /// of two that are the same the later counts.
+    pub fn set_words<'a>(&mut self, words: impl IntoIterator<Item = (&'a str, usize)>) {
+        self.added.clear();
+        let mut next = self.vocab as u32;
+        for (word, count) in words {
+            let ids = next..next + count as u32;
+            next = ids.end;
+            let tokens = self.inner.encode_fast(word, false).map(|e| e.get_ids().to_vec());
+            // A word without tokens is in no prompt.
+            if let Some(tokens) = tokens.ok().filter(|t| !t.is_empty()) {
+                self.added.insert(0, AddedWord { tokens, ids });
+            }
+        }
+        self.added.sort_by_key(|word| std::cmp::Reverse(word.tokens.len()));
     }
 
     /// Puts begin, end and padding around at most [`Tokenizer::room`] tokens;
@@ -136,6 +183,20 @@ impl Tokenizer {
         ids
     }
 
+    /// The vocabulary's tokens for ids, those of added words among them.
+    fn tokens(&self, ids: &[u32]) -> Vec<u32> {
+        let added = |id: u32| self.added.iter().find(|word| word.ids.contains(&id));
+        let mut tokens = vec![];
+        for (i, &id) in ids.iter().enumerate() {
+            match added(id) {
+                None => tokens.push(id),
+                Some(word) if id == word.ids.start || i == 0 => tokens.extend(&word.tokens),
+                Some(_) => {}
+            }
+        }
+        tokens
+    }
+
     /// Encodes a prompt, padded or truncated to [`Tokenizer::length`].
     ///
     /// # Errors
@@ -145,6 +206,7 @@ impl Tokenizer {
         let truncated = match words.get(self.room()..) {
             None | Some([]) => None,
             Some(rest) => {
+                let rest = &self.tokens(rest);
                 Some(self.inner.decode(rest, false).map_err(failed)?.replace("</w>", " ").trim().to_owned())
             }
         };

@@ -333,23 +333,39 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Tensor {
 }
 
 /// Rows of a table `[rows, c]` by index, each plus its position's row of
-/// `positions[tokens, c]`: `[n, tokens, c]`.
+/// `positions[tokens, c]`: `[n, tokens, c]`. The rows of `more`, if given,
+/// follow those of the table.
 ///
 /// # Panics
-/// When an index lies outside the table; tokenizers are checked at load.
-pub fn embed(table: &Tensor, positions: &Tensor, ids: &[u32], tokens: usize) -> Tensor {
-    fn typed<T: Number>(table: &Tensor, positions: &Tensor, ids: &[u32], tokens: usize) -> Tensor {
+/// When an index lies outside of both; tokenizers are checked at load.
+pub fn embed(
+    table: &Tensor,
+    more: Option<&Tensor>,
+    positions: &Tensor,
+    ids: &[u32],
+    tokens: usize,
+) -> Tensor {
+    fn typed<T: Number>(
+        table: &Tensor,
+        more: Option<&Tensor>,
+        positions: &Tensor,
+        ids: &[u32],
+        tokens: usize,
+    ) -> Tensor {
         let c = table.shape().last();
         Tensor::build::<T>(table.device(), Shape::from([ids.len() / tokens, tokens, c]), |out| {
             let (table, positions) = (table.slice::<T>(), positions.slice::<T>());
+            let more = more.map_or(&[][..], Tensor::slice::<T>);
             for (i, (out, &id)) in out.chunks_exact_mut(c).zip(ids).enumerate() {
-                let row = &table[id as usize * c..][..c];
+                let start = id as usize * c;
+                let row = table.get(start..).filter(|rest| rest.len() >= c);
+                let row = row.unwrap_or_else(|| &more[start - table.len()..]);
                 let position = &positions[i % tokens * c..][..c];
-                for ((out, a), b) in out.iter_mut().zip(row).zip(position) {
+                for ((out, a), b) in out.iter_mut().zip(&row[..c]).zip(position) {
                     *out = T::from_f32(a.to_f32() + b.to_f32());
                 }
             }
         })
     }
-    by_type!(table, typed(table, positions, ids, tokens))
+    by_type!(table, typed(table, more, positions, ids, tokens))
 }

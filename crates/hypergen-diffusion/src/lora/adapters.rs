@@ -14,7 +14,7 @@ use hypergen_tensor::{Changed, Device, apply, bytes_to_change};
 
 use super::bind::{Targets, bind};
 use super::file::LoraFile;
-use super::{Lora, PARAM};
+use super::{Embedding, Lora, PARAM};
 use crate::{Error, memory};
 
 /// One LoRA of a set, as far as it decides about weights.
@@ -30,6 +30,7 @@ struct Part {
 struct Set {
     parts: Vec<Part>,
     changed: Changed,
+    embeddings: Vec<Embedding>,
     /// A number that tells its text encoders' weights from all others; 0 where
     /// they are the loaded ones.
     text: u64,
@@ -65,6 +66,11 @@ impl Adapters {
     /// for the loaded ones.
     pub(crate) fn text(&self) -> u64 {
         self.sets.front().filter(|_| self.active).map_or(0, |set| set.text)
+    }
+
+    /// The words that the LoRAs in use bring along; later ones count where two are the same.
+    pub(crate) fn embeddings(&self) -> &[Embedding] {
+        self.sets.front().filter(|_| self.active).map_or(&[], |set| &set.embeddings)
     }
 
     /// Whether these LoRAs can be applied.
@@ -130,11 +136,13 @@ impl Adapters {
         mut forgotten: Vec<Set>,
         device: &Device,
     ) -> Result<Set, Error> {
-        let mut changes = vec![];
+        let (mut changes, mut vectors, mut embeddings) = (vec![], vec![], vec![]);
         let mut text = false;
         for lora in loras {
             let bound = bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale, device)?;
             changes.extend(bound.changes);
+            vectors.extend(bound.vectors);
+            embeddings.extend(bound.embeddings);
             text |= bound.text;
         }
         let bytes = bytes_to_change(changes.iter().map(|(module, _)| module));
@@ -143,9 +151,9 @@ impl Adapters {
         if memory.is_none() {
             memory::check_lora(bytes).map_err(|e| Error { param: Some(PARAM), ..e })?;
         }
-        let changed = apply(device, &changes, memory);
+        let changed = apply(device, &changes, &vectors, memory);
         self.made += 1;
-        Ok(Set { parts, changed, text: if text { self.made } else { 0 } })
+        Ok(Set { parts, changed, embeddings, text: if text { self.made } else { 0 } })
     }
 }
 

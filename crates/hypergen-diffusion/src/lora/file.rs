@@ -8,8 +8,8 @@ use std::path::Path;
 use hypergen_tensor::Checkpoint;
 use serde_json::Value;
 
-use super::names::{Component, Place, Role, place, split};
-use super::{lora_error, some_of};
+use super::names::{Component, Place, Role, bundled, place, split};
+use super::{clipped, lora_error, some_of};
 use crate::Error;
 
 /// What a LoRA file is, for people who choose one.
@@ -49,6 +49,8 @@ pub(super) struct Entry {
 pub(super) struct LoraFile {
     pub(super) checkpoint: Checkpoint,
     pub(super) entries: Vec<Entry>,
+    /// Embeddings by name, each with its vectors' names and their tensors'.
+    pub(super) embeddings: BTreeMap<String, BTreeMap<String, String>>,
     settings: Vec<(Option<Component>, Settings)>,
 }
 
@@ -85,16 +87,23 @@ impl LoraFile {
         }
         let mut modules: BTreeMap<&str, BTreeMap<Role, String>> = BTreeMap::new();
         let mut unknown = vec![];
+        let mut embeddings: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
         for key in keys {
+            if let Some((name, vectors)) = bundled(key) {
+                let embedding = embeddings.entry(name.to_owned()).or_default();
+                embedding.insert(vectors.to_owned(), key.to_owned());
+                continue;
+            }
             let Some((module, role)) = split(key) else {
                 unknown.push(key);
                 continue;
             };
             if let Some(twin) = modules.entry(module).or_default().insert(role, key.to_owned()) {
+                let (twin, key) = (clipped(&twin), clipped(key));
                 return Err(lora_error(format!("{label}: '{twin}' and '{key}' are the same of one module")));
             }
         }
-        if modules.is_empty() {
+        if modules.is_empty() && embeddings.is_empty() {
             let what = other_kind(&unknown).unwrap_or("it holds no adapter of a kind that is known here");
             return Err(lora_error(format!(
                 "{label} is not a LoRA: {what} (its tensors: {})",
@@ -113,7 +122,7 @@ impl LoraFile {
             .map(|(name, tensors)| Entry { name: name.to_owned(), place: place(name), tensors })
             .collect();
         let settings = settings(&checkpoint, path, &entries)?;
-        Ok(Self { checkpoint, entries, settings })
+        Ok(Self { checkpoint, entries, embeddings, settings })
     }
 
     /// Dimensions of one of a module's tensors.
@@ -124,9 +133,11 @@ impl LoraFile {
 
     /// A module's rank, where a tensor shows it.
     pub(super) fn rank(&self, entry: &Entry) -> Option<usize> {
-        [Role::Down, Role::HadaW1B, Role::KronW2B, Role::KronW1B]
+        let first = [Role::Down, Role::HadaW1B, Role::KronW2B, Role::KronW1B]
             .iter()
-            .find_map(|&role| self.shape(entry, role)?.first().copied())
+            .find_map(|&role| self.shape(entry, role)?.first().copied());
+        // Two orders of GLoRA's factors are about; a rank is the smaller side of either.
+        first.or_else(|| self.shape(entry, Role::GloraA1)?.iter().take(2).min().copied())
     }
 
     /// What the file's settings say of a module's strength: alpha over rank.
@@ -184,7 +195,9 @@ impl LoraFile {
             let left = second(Role::KronW1).or_else(|| second(Role::KronW1B))?;
             left.checked_mul(second(Role::KronW2).or_else(|| second(Role::KronW2B))?)
         };
-        second(Role::Down).or_else(|| second(Role::HadaW1B)).or_else(kronecker)
+        let glora = || self.shape(entry, Role::GloraA1)?.iter().take(2).max().copied();
+        let whole = || second(Role::Diff);
+        second(Role::Down).or_else(|| second(Role::HadaW1B)).or_else(kronecker).or_else(glora).or_else(whole)
     }
 }
 

@@ -134,6 +134,8 @@ pub struct TextEncoder {
     config: TextEncoderConfig,
     activation: Activation,
     token_embedding: Tensor,
+    /// Embeddings that follow the vocabulary's, for now.
+    words: Option<Tensor>,
     position_embedding: Tensor,
     layers: Vec<Layer>,
     final_layer_norm: Norm,
@@ -173,6 +175,7 @@ impl TextEncoder {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             activation: c.activation()?,
+            words: None,
             token_embedding: embeddings.table("token_embedding.weight", c.vocab_size, d)?,
             position_embedding: embeddings.table(
                 "position_embedding.weight",
@@ -199,13 +202,23 @@ impl TextEncoder {
         self.text_projection.as_ref().map(Linear::outputs)
     }
 
+    /// Embeddings for the ids that follow the vocabulary's, in the place of all
+    /// earlier ones: as many as there are whole rows in `values`.
+    pub fn set_words(&mut self, values: &[f32]) {
+        let (d, table) = (self.config.hidden_size, &self.token_embedding);
+        let rows = values.len() / d;
+        self.words = (rows > 0)
+            .then(|| Tensor::from_f32(table.device(), [rows, d], table.dtype(), &values[..rows * d]));
+    }
+
     /// Encodes texts of `tokens` ids each.
     ///
     /// # Panics
-    /// When an id is not in the vocabulary or the text is longer than the
+    /// When an id has no embedding or the text is longer than the
     /// encoder has positions; the tokenizer is checked against both at load.
     pub fn forward(&self, ids: &[u32], tokens: usize, state: HiddenState) -> TextOutput {
-        let mut x = ops::embed(&self.token_embedding, &self.position_embedding, ids, tokens);
+        let mut x =
+            ops::embed(&self.token_embedding, self.words.as_ref(), &self.position_embedding, ids, tokens);
         let wanted = self.layers.len().saturating_sub(state.skip);
         let mut hidden = None;
         let all = if self.text_projection.is_some() { self.layers.len() } else { wanted };
@@ -246,7 +259,11 @@ impl TextEncoder {
     /// the reference takes that as "the highest id".
     fn end_of_text(&self, ids: &[u32]) -> usize {
         let end = match self.config.eos_token_id {
-            Some(2) | None => ids.iter().copied().max().unwrap_or(0),
+            // Added words have ids beyond all that could be meant.
+            Some(2) | None => {
+                let own = ids.iter().copied().filter(|&id| (id as usize) < self.config.vocab_size);
+                own.max().unwrap_or(0)
+            }
             Some(id) => id,
         };
         ids.iter().position(|&id| id == end).unwrap_or(0)
