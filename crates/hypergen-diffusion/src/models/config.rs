@@ -45,7 +45,7 @@ pub(crate) struct Fixed {
 /// certain values if they are there. A list stands for its elements: some
 /// files say by level what holds for all levels.
 pub(crate) fn parse<T: DeserializeOwned>(json: &Value, fixed: &[Fixed]) -> Result<T, Error> {
-    let json = &whole_numbers(json);
+    let json = &said(whole_numbers(json));
     for Fixed { field, allowed } in fixed {
         let Some(value) = json.get(field) else { continue };
         let fits = |value: &Value| allowed.contains(&value.to_string().as_str());
@@ -63,6 +63,17 @@ pub(crate) fn parse<T: DeserializeOwned>(json: &Value, fixed: &[Fixed]) -> Resul
         Some((field, value, e)) => bad(format!("'{field}' is {value}: {e}")),
         None => bad(e.to_string()),
     })
+}
+
+/// The same without fields that nobody set: a file that went through diffusers
+/// may list them, and they then count as absent.
+fn said(mut json: Value) -> Value {
+    if let Some(fields) = json.as_object_mut()
+        && let Some(Value::Array(unset)) = fields.remove("_use_default_values")
+    {
+        unset.iter().filter_map(Value::as_str).for_each(|name| drop(fields.remove(name)));
+    }
+    json
 }
 
 /// The same with `4` for `4.0`: Python takes either for a number, and files
