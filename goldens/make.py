@@ -5,6 +5,7 @@ from pathlib import Path
 
 import blocks
 import families
+import fields
 import lora
 import pipelines
 import prompts
@@ -22,6 +23,7 @@ def main() -> None:
         blocks.make()
         pipelines.make(Path(scratch))
         families.make(Path(scratch))
+        fields.make()
         prompts.make(Path(scratch))
         single_file.make(Path(scratch))
         lora.make(Path(scratch) / "lora")

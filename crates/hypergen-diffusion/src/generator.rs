@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::lora::Lora;
-use crate::request::{Request, Size};
+use crate::request::{GUIDANCE_SCALE, ParameterError, Range, Request, Size};
 
 /// A finished picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct ModelInfo {
     pub family: String,
     /// Size that the model was trained for.
     pub native_size: Size,
-    /// The sampler that the checkpoint names.
+    /// The sampler that the checkpoint names, with a remark where it cannot be used.
     pub sampler: String,
     /// `cpu`.
     pub device: String,
@@ -45,6 +45,31 @@ pub struct ModelInfo {
     pub default_guidance: Option<f64>,
     /// Smallest guidance scale that the model takes: 1, or 0 for distilled ones.
     pub min_guidance: f64,
+}
+
+impl ModelInfo {
+    /// Checks a guidance scale that a user gave as `name`.
+    ///
+    /// # Errors
+    /// When the model does not take it. For 0, which distilled models alone take,
+    /// the message says as what this one was recognised, and what changes that.
+    pub fn check_guidance(&self, name: &'static str, scale: f64) -> Result<f64, ParameterError> {
+        let range = Range { name, min: self.min_guidance, ..GUIDANCE_SCALE };
+        range.check(scale).map_err(|e| match scale >= 0.0 && scale < self.min_guidance {
+            true => ParameterError { message: format!("{}; {}", e.message, self.guidance_hint()), ..e },
+            false => e,
+        })
+    }
+
+    /// What to do where a distilled model was taken for another.
+    pub fn guidance_hint(&self) -> String {
+        format!(
+            "this model was recognised as {}. A distilled one (Turbo, Lightning, LCM), which draws without guidance, is \
+             recognised by its file's name (xl_turbo, xl_lightning, sd_turbo), by its scheduler_config.json, or by \
+             --family (HYPERGEN_FAMILY), such as --family sdxl-turbo",
+            self.family
+        )
+    }
 }
 
 /// Parts of a generation that take time.

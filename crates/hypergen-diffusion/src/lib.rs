@@ -25,12 +25,14 @@ pub mod models;
 mod pipeline;
 pub mod presets;
 pub mod prompt;
+mod recognise;
 mod request;
 pub mod samplers;
 mod single_file;
 mod size_conditioning;
 pub mod tokenizer;
 
+pub use families::FamilyName;
 pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};

@@ -13,10 +13,10 @@ use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::Decoder;
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
-use crate::samplers::{self, Sampler};
+use crate::samplers::{self, Sampler, SamplerError};
 use crate::{
-    Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range,
-    Request, STEPS, Size, SizeConditioning, Stage,
+    Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request,
+    STEPS, Size, SizeConditioning, Stage,
 };
 
 /// A loaded model.
@@ -57,7 +57,13 @@ impl Pipeline {
         Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
             kind: ErrorKind::Request,
             param: Some("sampler"),
-            message: e.to_string(),
+            message: match request.sampler {
+                // The file's own: another may do.
+                None if !matches!(e, SamplerError::Steps(_)) => {
+                    format!("{e}; name another sampler, such as euler")
+                }
+                _ => e.to_string(),
+            },
         })
     }
 
@@ -201,7 +207,7 @@ impl Generator for Pipeline {
 
     fn check(&self, request: &Request) -> Result<(), Error> {
         STEPS.check(request.steps)?;
-        Range { min: self.info.min_guidance, ..GUIDANCE_SCALE }.check(request.guidance_scale)?;
+        self.info.check_guidance(GUIDANCE_SCALE.name, request.guidance_scale)?;
         Size::new(request.size.width, request.size.height)?;
         let factor = self.vae.config().factor();
         let drawn = self.drawn(request.size);

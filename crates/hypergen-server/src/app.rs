@@ -89,10 +89,11 @@ impl App {
         }
         if parameters.default_guidance() < parameters.min_guidance() {
             return Err(ServeError::Config(format!(
-                "--default-guidance {} is too small for {}: it takes {} or more",
+                "--default-guidance {} is too small for {}: it takes {} or more; {}",
                 parameters.default_guidance(),
                 model.name,
-                parameters.min_guidance()
+                parameters.min_guidance(),
+                model.guidance_hint()
             )));
         }
         let loras = Loras::new(config).map_err(|e| ServeError::Config(format!("--lora-dir: {e}")))?;
@@ -186,9 +187,10 @@ fn samplers(generator: &dyn Generator, model: &ModelInfo) -> Vec<SamplerKind> {
         };
         generator.check(&request).is_ok()
     };
-    // A model that does not even take its own sampler is told off elsewhere.
-    let any = !able(None);
-    SamplerKind::ALL.iter().copied().filter(|sampler| any || able(Some(*sampler))).collect()
+    // A model whose own sampler cannot be used may still be drawn with others.
+    let all = SamplerKind::ALL;
+    let takes: Vec<_> = all.iter().copied().filter(|sampler| able(Some(*sampler))).collect();
+    if takes.is_empty() { all.to_vec() } else { takes }
 }
 
 fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {

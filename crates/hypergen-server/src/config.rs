@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, ValueEnum};
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{
-    CLIP_SKIP, DTypeChoice, GUIDANCE_RESCALE, GUIDANCE_SCALE, LORA_SCALE, LoadOptions, STEPS,
+    CLIP_SKIP, DTypeChoice, FamilyName, GUIDANCE_RESCALE, GUIDANCE_SCALE, LORA_SCALE, LoadOptions, STEPS,
 };
 
 use crate::api::Defaults;
@@ -47,6 +47,10 @@ pub struct ServeConfig {
     /// A VAE to use instead of the model's own: a .safetensors file or a folder
     #[arg(long, env = "HYPERGEN_VAE", value_name = "PATH")]
     pub vae: Option<PathBuf>,
+
+    /// The model's family, where its files do not say it, such as sdxl-turbo for a distilled model in a single file (default: as recognised)
+    #[arg(long, env = "HYPERGEN_FAMILY", value_name = "FAMILY")]
+    pub family: Option<FamilyName>,
 
     /// Settings in a TOML file; the command line and the environment overrule it
     #[arg(long, env = "HYPERGEN_CONFIG", value_name = "FILE")]
@@ -208,6 +212,7 @@ impl ServeConfig {
             dtype: self.dtype,
             threads: self.threads,
             vae: self.vae.clone(),
+            family: self.family,
             lora_cache: Some(usize::try_from(self.lora_cache.0).unwrap_or(usize::MAX)),
             ..LoadOptions::default()
         }
@@ -390,6 +395,7 @@ mod tests {
             (vec!["--default-guidance", "NaN"], "between 0 and 20"),
             (vec!["--dtype", "int4"], "float32"),
             (vec!["--prompt-syntax", "comfy"], "plain or a1111"),
+            (vec!["--family", "flux"], "sdxl-turbo"),
             (vec!["--clip-skip", "33"], "between 0 and 32"),
             (vec!["--guidance-rescale", "2"], "between 0 and 1"),
             (vec!["--public-url", "pictures.example.com"], "https://"),

@@ -3,6 +3,7 @@
 //! is packed. Pickles are not read, here or anywhere.
 
 mod numbers;
+mod refused;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,11 +12,12 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut, UncheckedAdvice};
-use safetensors::{SafeTensorError, SafeTensors};
+use safetensors::SafeTensors;
 use thiserror::Error;
 
 pub use numbers::FileDType;
 use numbers::widen;
+use refused::{MAX_HEADER, explain, file_size, foreign};
 
 /// Why a checkpoint cannot be read.
 #[derive(Debug, Error)]
@@ -193,18 +195,13 @@ impl Checkpoint {
     pub fn read(path: &Path, label: &str, limit: u64) -> Result<Self, CheckpointError> {
         let io = |source| CheckpointError::Io { path: label.to_owned(), source };
         let wrong = |reason: String| CheckpointError::Format { path: label.to_owned(), reason };
+        file_size(path, label)?;
         let mut file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(wrong("it is not a file".into()));
+        let size = file.metadata().map_err(io)?.len();
+        if size > limit {
+            return Err(wrong(format!("its {size} bytes are more than the {limit} allowed")));
         }
-        if metadata.len() == 0 {
-            return Err(wrong("it is empty".into()));
-        }
-        if metadata.len() > limit {
-            return Err(wrong(format!("its {} bytes are more than the {limit} allowed", metadata.len())));
-        }
-        let len = usize::try_from(metadata.len()).map_err(|e| wrong(e.to_string()))?;
+        let len = usize::try_from(size).map_err(|e| wrong(e.to_string()))?;
         let mut bytes = MmapMut::map_anon(len).map_err(io)?;
         // A hint: fresh memory arrives much faster in huge pages.
         #[cfg(target_os = "linux")]
@@ -223,6 +220,10 @@ impl Checkpoint {
     pub fn open_index(path: &Path) -> Result<Self, CheckpointError> {
         let label = path.display().to_string();
         let wrong = |reason: String| CheckpointError::Index { path: label.clone(), reason };
+        let size = file_size(path, &label)?;
+        if size > MAX_HEADER {
+            return Err(wrong(format!("it has {size} bytes, and no index has more than {MAX_HEADER}")));
+        }
         let text =
             std::fs::read(path).map_err(|source| CheckpointError::Io { path: label.clone(), source })?;
         let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
@@ -283,15 +284,8 @@ impl Checkpoint {
 
     fn add_file(&mut self, path: &Path, label: String) -> Result<(), CheckpointError> {
         let io = |source| CheckpointError::Io { path: label.clone(), source };
+        file_size(path, &label)?;
         let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            let what = if metadata.is_dir() { "it is a folder" } else { "it is not a file" };
-            return Err(CheckpointError::Format { path: label, reason: what.into() });
-        }
-        if metadata.len() == 0 {
-            return Err(CheckpointError::Format { path: label, reason: "it is empty".into() });
-        }
         // SAFETY: the mapping is read-only and private. Should another process
         // shorten the file meanwhile, reads beyond its end raise SIGBUS; that
         // is the known price of mapping, and every reader of weights pays it.
@@ -302,6 +296,13 @@ impl Checkpoint {
     fn add(&mut self, label: String, bytes: Bytes) -> Result<(), CheckpointError> {
         let wrong = |reason: String| CheckpointError::Format { path: label.clone(), reason };
         let data = bytes.as_slice();
+        let declared = data.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+        // A longer one than the file is told of below.
+        if declared > MAX_HEADER && declared <= data.len() as u64 {
+            return Err(wrong(format!(
+                "its header has {declared} bytes, and no model's has more than {MAX_HEADER}"
+            )));
+        }
         let (header, metadata) = SafeTensors::read_metadata(data)
             .map_err(|e| wrong(foreign(data).unwrap_or_else(|| explain(&e, data.len()))))?;
         // The crate checks offsets against each other; the end of the file is for us to check.
@@ -578,52 +579,6 @@ fn beside(file: &str) -> Result<PathBuf, String> {
     match (parts.next(), parts.next()) {
         (Some(Component::Normal(_)), None) if file.ends_with(".safetensors") => Ok(path.to_owned()),
         _ => Err(format!("'{file}' is not the name of a safetensors file beside the index")),
-    }
-}
-
-/// What a file that is no safetensors file is, by how it begins.
-fn foreign(data: &[u8]) -> Option<String> {
-    let page = |tag: &[u8]| data.get(..tag.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(tag));
-    let what = match data {
-        // A zip archive, and the pickle protocols 2 to 5: both forms of torch.save.
-        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
-            "it is a pickle, which can run code when it is read, and is never read here: get the model's .safetensors \
-             file, or convert it where you trust it"
-        }
-        _ if data.starts_with(b"version https://git-lfs") => {
-            "it is a Git LFS pointer and not the file itself: run 'git lfs pull' where it came from"
-        }
-        _ if page(b"<!doctype html") || page(b"<html") => {
-            "it is a web page: the download asked for a login or failed; download the file again"
-        }
-        _ if data.starts_with(b"GGUF") => "it is a GGUF file; only safetensors files are read",
-        _ => return None,
-    };
-    Some(what.to_owned())
-}
-
-/// Words for the reader's terse errors, with the mend.
-fn explain(error: &SafeTensorError, len: usize) -> String {
-    let again = "the file is truncated or damaged: download it again";
-    match error {
-        SafeTensorError::HeaderTooSmall => format!("it has only {len} bytes; {again}"),
-        SafeTensorError::InvalidHeaderLength | SafeTensorError::MetadataIncompleteBuffer => {
-            format!("its {len} bytes are not as many as its header says; {again}")
-        }
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => {
-            "it does not begin with a safetensors header; it is of another format".to_owned()
-        }
-        SafeTensorError::InvalidHeaderDeserialization(e) => {
-            format!("its header does not parse ({e}); {again}")
-        }
-        SafeTensorError::InvalidOffset(tensor) => {
-            format!("the place of its tensor '{tensor}' makes no sense; {again}")
-        }
-        SafeTensorError::TensorInvalidInfo => {
-            format!("a tensor's type and shape do not fit the bytes that it has; {again}")
-        }
-        SafeTensorError::ValidationOverflow => format!("a tensor's shape is absurdly large; {again}"),
-        other => other.to_string(),
     }
 }
 

@@ -9,7 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
 use hypergen_diffusion::presets::Preset;
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
+use hypergen_diffusion::{DTypeChoice, FamilyName, GUIDANCE_SCALE, IMAGES, STEPS, Size};
 use hypergen_server::ServeConfig;
 
 use crate::loras::LoraArgs;
@@ -61,6 +61,10 @@ pub(crate) struct GenerateArgs {
     /// A VAE to use instead of the model's own: a .safetensors file or a folder.
     #[arg(long, env = "HYPERGEN_VAE", hide_env_values = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     pub(crate) vae: Option<std::path::PathBuf>,
+
+    /// The model's family, where its files do not say it: a distilled model in a single file, see docs/models.md [default: as recognised].
+    #[arg(long, env = "HYPERGEN_FAMILY", hide_env_values = true, value_name = "FAMILY", value_parser = family_parser())]
+    pub(crate) family: Option<FamilyName>,
 
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help = OUTPUT_HELP, long_help = OUTPUT_LONG_HELP)]
     pub(crate) output: Option<std::path::PathBuf>,
@@ -136,6 +140,11 @@ pub(crate) struct GenerateArgs {
 fn sampler_parser() -> impl TypedValueParser<Value = SamplerKind> {
     PossibleValuesParser::new(SamplerKind::ALL.iter().map(|s| PossibleValue::new(s.name()).help(s.about())))
         .try_map(|name| name.parse::<SamplerKind>())
+}
+
+fn family_parser() -> impl TypedValueParser<Value = FamilyName> {
+    PossibleValuesParser::new(FamilyName::all().into_iter().map(FamilyName::name))
+        .try_map(|name| name.parse::<FamilyName>())
 }
 
 fn dtype_parser() -> impl TypedValueParser<Value = DTypeChoice> {
@@ -332,7 +341,18 @@ mod tests {
             let Command::Generate(args) = cli.expect("a known type").command else { panic!("generate") };
             assert_eq!(args.dtype, dtype);
         }
-        for wrong in [["--sampler", "magic"], ["--dtype", "int8"], ["--threads", "0"], ["--seed", "-1"]] {
+        for family in FamilyName::all() {
+            let cli = Cli::try_parse_from(["hypergen", "generate", "x", "--family", family.name()]);
+            let Command::Generate(args) = cli.expect("a known family").command else { panic!("generate") };
+            assert_eq!(args.family, Some(family));
+        }
+        for wrong in [
+            ["--family", "flux"],
+            ["--sampler", "magic"],
+            ["--dtype", "int8"],
+            ["--threads", "0"],
+            ["--seed", "-1"],
+        ] {
             let error = Cli::try_parse_from(["hypergen", "generate", "x"].into_iter().chain(wrong));
             assert_eq!(error.expect_err("a wrong value").exit_code(), 2, "{wrong:?}");
         }

@@ -19,8 +19,8 @@ pub struct TextEncoderConfig {
     pub hidden_size: usize,
     /// Width inside the feed-forward layers.
     pub intermediate_size: usize,
-    /// Width of the projected pooled output.
-    pub projection_dim: usize,
+    /// Width of the projected pooled output; no matter where nothing is projected.
+    pub projection_dim: Option<usize>,
     /// Layers.
     pub num_hidden_layers: usize,
     /// Attention heads.
@@ -43,7 +43,7 @@ impl Default for TextEncoderConfig {
             vocab_size: 49408,
             hidden_size: 512,
             intermediate_size: 2048,
-            projection_dim: 512,
+            projection_dim: Some(512),
             num_hidden_layers: 12,
             num_attention_heads: 8,
             max_position_embeddings: 77,
@@ -55,7 +55,12 @@ impl Default for TextEncoderConfig {
     }
 }
 
-const FIXED: &[Fixed] = &[Fixed { field: "use_attention_mask", allowed: &["false", "null"] }];
+const WITH_PROJECTION: &str = "CLIPTextModelWithProjection";
+
+const FIXED: &[Fixed] = &[
+    Fixed { field: "model_type", allowed: &["\"clip_text_model\"", "\"clip\"", "null"] },
+    Fixed { field: "use_attention_mask", allowed: &["false", "null"] },
+];
 
 impl TextEncoderConfig {
     /// Reads a `config.json`.
@@ -63,18 +68,21 @@ impl TextEncoderConfig {
     /// # Errors
     /// When a field has a value that we do not honour, by its name.
     pub fn from_json(json: &Value) -> Result<Self, Error> {
-        let c: Self = config::parse(json, FIXED)?;
+        // The file of a whole CLIP model has its text encoder's fields one level
+        // deeper, as transformers knows too.
+        let inner = json.get("text_config").filter(|inner| json["model_type"] == "clip" && inner.is_object());
+        let c: Self = config::parse(inner.unwrap_or(json), FIXED)?;
         let sizes = [
             ("vocab_size", c.vocab_size),
             ("hidden_size", c.hidden_size),
             ("intermediate_size", c.intermediate_size),
-            ("projection_dim", c.projection_dim),
             ("num_hidden_layers", c.num_hidden_layers),
             ("max_position_embeddings", c.max_position_embeddings),
         ];
         for (field, value) in sizes {
             sane(field, value)?;
         }
+        c.projection_dim.map(|width| sane("projection_dim", width)).transpose()?;
         divides("num_attention_heads", c.num_attention_heads, c.hidden_size)?;
         c.activation()?;
         Ok(c)
@@ -88,9 +96,16 @@ impl TextEncoderConfig {
         }
     }
 
+    /// The same as of the class that projects its pooled output, or of the one
+    /// that does not: a model's pipeline decides that, whatever wrote this file.
+    pub fn projecting(self, projects: bool) -> Self {
+        let class = if projects { WITH_PROJECTION } else { "CLIPTextModel" };
+        Self { architectures: Some(vec![class.to_owned()]), ..self }
+    }
+
     /// Whether the class projects its pooled output.
     fn projects(&self) -> bool {
-        self.architectures.iter().flatten().any(|a| a == "CLIPTextModelWithProjection")
+        self.architectures.iter().flatten().any(|a| a == WITH_PROJECTION)
     }
 }
 
@@ -184,9 +199,10 @@ impl TextEncoder {
             )?,
             layers,
             final_layer_norm: w.pp("final_layer_norm").norm(d, c.layer_norm_eps)?,
-            text_projection: match c.projects() {
-                true => Some(root.pp("text_projection").linear(d, c.projection_dim, false)?),
-                false => None,
+            text_projection: match c.projection_dim {
+                _ if !c.projects() => None,
+                Some(width) => Some(root.pp("text_projection").linear(d, width, false)?),
+                None => return Err(bad("'projection_dim' is null, but the pooled text is projected")),
             },
             config,
         })

@@ -143,7 +143,8 @@ impl UNet {
             let mut rows = Vec::with_capacity(batch * t.inputs);
             for (pooled, ids) in added.pooled.chunks_exact(pooled).zip(added.time_ids) {
                 rows.extend_from_slice(pooled);
-                ids.iter().for_each(|&id| rows.extend(timestep_embedding(id, t.time_embed_dim, true, 0.0)));
+                let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
+                ids.iter().for_each(|&id| rows.extend(timestep_embedding(id, t.time_embed_dim, flip, shift)));
             }
             embedding.forward(&self.tensor([batch, t.inputs], &rows), None) // [n, time_dim]
         });

@@ -71,6 +71,7 @@ impl Extensions {
             guidance_rescale: Number {
                 about: "How far to take back the contrast that guidance adds.",
                 range: Range { default: defaults.guidance_rescale, ..GUIDANCE_RESCALE },
+                below: None,
             },
             sizes: Sizes {
                 original_size: Text {

@@ -9,7 +9,7 @@
 use std::ops::RangeInclusive;
 
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, ModelInfo, Range, Request, STEPS, Size};
+use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, ModelInfo, ParameterError, Range, Request, STEPS, Size};
 use serde_json::json;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
@@ -157,13 +157,20 @@ impl Integer {
 pub(super) struct Number {
     pub(super) about: &'static str,
     pub(super) range: Range<f64>,
+    /// What to do where a value is too small for the model.
+    pub(super) below: Option<String>,
 }
 
 impl Number {
     pub(super) fn read(&self, fields: &Fields) -> Result<f64, ApiError> {
         let range = format!("between {} and {}", self.range.min, self.range.max);
         match fields.number(self.range.name, &range)? {
-            Some(value) => Ok(self.range.check(value)?),
+            Some(value) => Ok(self.range.check(value).map_err(|e| match &self.below {
+                Some(hint) if value >= 0.0 && value < self.range.min => {
+                    ParameterError { message: format!("{}; {hint}", e.message), ..e }
+                }
+                _ => e,
+            })?),
             None => Ok(self.range.default),
         }
     }
@@ -272,6 +279,7 @@ impl Parameters {
             guidance_scale: Number {
                 about: "How closely to follow the prompt. 1 turns guidance off and halves the work.",
                 range: guidance,
+                below: Some(model.guidance_hint()),
             },
             seed: Integer {
                 name: "seed",
