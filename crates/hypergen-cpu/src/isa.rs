@@ -137,7 +137,8 @@ fn has_amx(feature: u32) -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     const OSXSAVE: u32 = 1 << 27;
     const TILE_STATE: u64 = 0b11 << 17;
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
+    // An interpreter has no processor to ask.
+    if cfg!(miri) || __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
         return false;
     }
     // SAFETY: OSXSAVE says that the instruction is there.
@@ -161,6 +162,9 @@ unsafe fn xgetbv0() -> u64 {
 /// holds for the whole process and all threads to come.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn permit_amx() -> bool {
+    if cfg!(miri) {
+        return false;
+    }
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
     // SAFETY: the call takes two numbers and touches no memory of ours.
