@@ -304,6 +304,10 @@ impl samplers::Model for Network<'_> {
         self.observer.stage(Stage::Step, self.done, self.evaluations, started.elapsed());
         Ok(out)
     }
+
+    fn pictures(&self) -> usize {
+        self.shape[0]
+    }
 }
 
 impl Network<'_> {

@@ -30,6 +30,10 @@ impl Model for Network {
         };
         Ok(x.iter().enumerate().map(|(i, &v)| of(i, v)).collect())
     }
+
+    fn pictures(&self) -> usize {
+        1
+    }
 }
 
 fn network(config: &Value) -> Network {
@@ -383,6 +387,9 @@ fn a_model_that_stops_stops_the_loop() {
                 3 => Err(Stop::new(hypergen_diffusion::ErrorKind::Cancelled, "enough")),
                 _ => Ok(x.to_vec()),
             }
+        }
+        fn pictures(&self) -> usize {
+            1
         }
     }
     for kind in SamplerKind::ALL {

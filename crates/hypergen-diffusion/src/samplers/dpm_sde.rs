@@ -108,6 +108,9 @@ mod tests {
         fn predict(&mut self, x: &[f32], _: f32) -> Result<Vec<f32>, Stop> {
             Ok(vec![0.0; x.len()])
         }
+        fn pictures(&self) -> usize {
+            1
+        }
     }
 
     /// A Brownian path's increment over a whole step has unit variance in its own

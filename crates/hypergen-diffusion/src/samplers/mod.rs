@@ -93,11 +93,10 @@ pub trait Model {
     /// When the generation is to stop.
     fn predict(&mut self, x: &[f32], timestep: f32) -> Result<Vec<f32>, Stop>;
 
-    /// How many pictures of equal size `x` holds, one after the other. Only
-    /// dynamic thresholding, which looks at a whole picture, asks.
-    fn pictures(&self) -> usize {
-        1
-    }
+    /// How many pictures of equal size `x` holds, one after the other: what
+    /// looks at a whole picture, as dynamic thresholding does, must not see its
+    /// neighbours.
+    fn pictures(&self) -> usize;
 }
 
 /// What a family's file makes of a scheduler's fields.

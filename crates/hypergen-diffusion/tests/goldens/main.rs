@@ -2,6 +2,7 @@
 //! `goldens/README.md`): token ids, single networks, whole pipelines, number
 //! types. One test binary, because each one links the embedded model.
 
+mod batches;
 mod bfloat16;
 mod blocks;
 mod checkpoint;
