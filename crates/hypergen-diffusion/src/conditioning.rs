@@ -13,7 +13,7 @@ use crate::{CLIP_SKIP, Error, ErrorKind, ParameterError, Request};
 
 /// A tokenizer with its encoder.
 pub(crate) struct TextPart {
-    pub(crate) tokenizer: Tokenizer,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) encoder: TextEncoder,
 }
 
@@ -42,9 +42,20 @@ pub(crate) struct Sides {
     pub(crate) positive: Arc<Encoded>,
 }
 
+/// Reads prompts and encodes nothing, so that they can be checked while the
+/// encoders are at work.
+#[derive(Clone)]
+pub(crate) struct PromptReader {
+    /// One for each text encoder.
+    tokenizers: Vec<Arc<Tokenizer>>,
+    /// The most layers that the encoders can do without.
+    max_clip_skip: usize,
+}
+
 /// Encodes prompts, and remembers the latest of them.
 pub(crate) struct TextConditioner {
     parts: Vec<TextPart>,
+    reader: PromptReader,
     /// Which hidden state the family conditions on.
     state: HiddenState,
     /// An absent negative prompt is zeros, not the encoding of "".
@@ -60,9 +71,48 @@ const CACHE: usize = 64;
 const PROMPT: &str = "prompt";
 const NEGATIVE_PROMPT: &str = "negative_prompt";
 
+impl PromptReader {
+    /// Checks both prompts of a request, and how many layers it leaves out,
+    /// without encoding anything.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
+        crate::Range { max: self.max_clip_skip, ..CLIP_SKIP }.check(request.clip_skip)?;
+        if request.prompt_syntax == PromptSyntax::A1111 {
+            self.read(PROMPT, &request.prompt)?;
+            self.read(NEGATIVE_PROMPT, request.negative_prompt.as_deref().unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// The chunks of a prompt in the A1111 syntax, by text encoder.
+    fn read(&self, param: &'static str, prompt: &str) -> Result<Vec<Vec<Chunk>>, Error> {
+        let parsed = prompt::parse(param, prompt)?;
+        if let (NEGATIVE_PROMPT, Some(tag)) = (param, parsed.loras.first()) {
+            return Err(Error::from(ParameterError {
+                param,
+                message: format!(
+                    "{param}: <lora:{}:...> belongs into the prompt, for a LoRA is for both",
+                    tag.name
+                ),
+            }));
+        }
+        let chunks = self.tokenizers.iter().map(|tokenizer| prompt::chunks(param, &parsed.parts, tokenizer));
+        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
+        match chunks.iter().any(|c| c.len() != chunks[0].len()) {
+            // It takes two tokenizers of different vocabularies.
+            true => Err(Error::new(ErrorKind::Model, "the tokenizers disagree about the chunks of a prompt")),
+            false => Ok(chunks),
+        }
+    }
+}
+
 impl TextConditioner {
     pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
-        Self { parts, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
+        let layers = parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
+        let reader = PromptReader {
+            tokenizers: parts.iter().map(|part| Arc::clone(&part.tokenizer)).collect(),
+            max_clip_skip: layers.saturating_sub(state.skip).min(CLIP_SKIP.max),
+        };
+        Self { parts, reader, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
     }
 
     /// Says that the encoders' weights are now those of this number, with words
@@ -107,17 +157,9 @@ impl TextConditioner {
         Ok(())
     }
 
-    /// Checks both prompts of a request, and how many layers it leaves out,
-    /// without encoding anything.
-    pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
-        let layers = self.parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
-        let max = layers.saturating_sub(self.state.skip);
-        crate::Range { max: max.min(CLIP_SKIP.max), ..CLIP_SKIP }.check(request.clip_skip)?;
-        if request.prompt_syntax == PromptSyntax::A1111 {
-            self.read(PROMPT, &request.prompt)?;
-            self.read(NEGATIVE_PROMPT, request.negative_prompt.as_deref().unwrap_or_default())?;
-        }
-        Ok(())
+    /// What reads and checks prompts.
+    pub(crate) fn reader(&self) -> &PromptReader {
+        &self.reader
     }
 
     /// Tokens of one chunk.
@@ -216,30 +258,9 @@ impl TextConditioner {
         Ok(self.cache[0].2.clone())
     }
 
-    /// The chunks of a prompt in the A1111 syntax, by text encoder.
-    fn read(&self, param: &'static str, prompt: &str) -> Result<Vec<Vec<Chunk>>, Error> {
-        let parsed = prompt::parse(param, prompt)?;
-        if let (NEGATIVE_PROMPT, Some(tag)) = (param, parsed.loras.first()) {
-            return Err(Error::from(ParameterError {
-                param,
-                message: format!(
-                    "{param}: <lora:{}:...> belongs into the prompt, for a LoRA is for both",
-                    tag.name
-                ),
-            }));
-        }
-        let chunks = self.parts.iter().map(|part| prompt::chunks(param, &parsed.parts, &part.tokenizer));
-        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
-        match chunks.iter().any(|c| c.len() != chunks[0].len()) {
-            // It takes two tokenizers of different vocabularies.
-            true => Err(Error::new(ErrorKind::Model, "the tokenizers disagree about the chunks of a prompt")),
-            false => Ok(chunks),
-        }
-    }
-
     fn encode_anew(&self, param: &'static str, prompt: &str, reading: Reading) -> Result<Encoded, Error> {
         let chunks = match reading.syntax {
-            PromptSyntax::A1111 => self.read(param, prompt)?,
+            PromptSyntax::A1111 => self.reader.read(param, prompt)?,
             PromptSyntax::Plain => {
                 let mut all = vec![];
                 for part in &self.parts {

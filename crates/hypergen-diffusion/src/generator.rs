@@ -2,6 +2,7 @@
 //! them, on one page.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::lora::Lora;
@@ -106,18 +107,34 @@ pub struct Silent;
 
 impl Observer for Silent {}
 
+/// What a model can do, apart from the model itself: any thread may ask it
+/// while the model draws.
+pub trait Check: Send + Sync {
+    /// Checks a request against what the model can do (sampler, size,
+    /// guidance) without drawing it.
+    ///
+    /// # Errors
+    /// With [`ErrorKind::Request`], or with [`ErrorKind::OutOfMemory`] for a
+    /// picture that this machine can never hold.
+    fn check(&self, request: &Request) -> Result<(), Error>;
+}
+
 /// Something that draws pictures: a loaded model, a fake in a test, or one
 /// day a remote worker.
 pub trait Generator: Send {
     /// What it is.
     fn info(&self) -> ModelInfo;
 
-    /// Checks a request against what this model can do (sampler, size,
-    /// guidance) without drawing it.
+    /// What checks requests for this model. It stays right for the model's whole life.
+    fn checker(&self) -> Arc<dyn Check>;
+
+    /// Checks a request: see [`Check::check`].
     ///
     /// # Errors
-    /// With [`ErrorKind::Request`].
-    fn check(&self, request: &Request) -> Result<(), Error>;
+    /// As [`Check::check`].
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        self.checker().check(request)
+    }
 
     /// Checks whether these LoRAs can be applied to this model, without
     /// drawing: what a server asks when it starts.

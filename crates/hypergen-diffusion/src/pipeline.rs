@@ -1,22 +1,23 @@
 //! A loaded model that draws: text, denoising steps, decoding.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use hypergen_tensor::{DType, Device, Tensor, TorchGenerator};
 
-use crate::conditioning::{Encoded, TextConditioner};
+use crate::conditioning::{Encoded, PromptReader, TextConditioner};
 use crate::enlarge::enlarge;
 use crate::finite::finite;
 use crate::lora::{Adapters, Lora};
 use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
-use crate::models::vae::Decoder;
+use crate::models::vae::{Decoder, VaeConfig};
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
 use crate::samplers::{self, Sampler, SamplerError};
 use crate::{
-    Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request,
-    STEPS, Size, SizeConditioning, Stage,
+    Check, Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture,
+    Request, STEPS, Size, SizeConditioning, Stage,
 };
 
 /// A loaded model.
@@ -36,6 +37,19 @@ pub struct Pipeline {
     pub(crate) warm: Option<[usize; 4]>,
 }
 
+/// What a loaded model can do: all that a request is checked against, and
+/// none of the weights.
+struct Rules {
+    info: ModelInfo,
+    dtype: DType,
+    text: PromptReader,
+    vae: VaeConfig,
+    /// Whether the UNet is told of sizes, as SDXL's is.
+    takes_sizes: bool,
+    scheduler: serde_json::Value,
+    native_only: bool,
+}
+
 /// Final latents of one request, before decoding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Latents {
@@ -48,23 +62,16 @@ pub struct Latents {
 }
 
 impl Pipeline {
-    /// The size that is drawn for a requested one.
-    fn drawn(&self, requested: Size) -> Size {
-        if self.native_only { self.info.native_size } else { requested }
-    }
-
-    fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
-        Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
-            kind: ErrorKind::Request,
-            param: Some("sampler"),
-            message: match request.sampler {
-                // The file's own: another may do.
-                None if !matches!(e, SamplerError::Steps(_)) => {
-                    format!("{e}; name another sampler, such as euler")
-                }
-                _ => e.to_string(),
-            },
-        })
+    fn rules(&self) -> Rules {
+        Rules {
+            info: self.info.clone(),
+            dtype: self.dtype,
+            text: self.text.reader().clone(),
+            vae: self.vae.config().clone(),
+            takes_sizes: self.unet.config().text_time.is_some(),
+            scheduler: self.scheduler.clone(),
+            native_only: self.native_only,
+        }
     }
 
     /// The latents that [`Generator::generate`] decodes, for tests against
@@ -84,9 +91,10 @@ impl Pipeline {
                 format!("{first:?} and {other:?} cannot share a batch"),
             ));
         }
-        requests.iter().try_for_each(|r| self.check(r))?;
-        let sampler = self.sampler(first)?;
-        let size = self.drawn(first.size);
+        let rules = self.rules();
+        requests.iter().try_for_each(|r| rules.check(r))?;
+        let sampler = rules.sampler(first)?;
+        let size = rules.drawn(first.size);
         memory::check(size, self.vae.config(), self.dtype)?;
         let factor = self.vae.config().factor();
         let shape =
@@ -168,20 +176,6 @@ impl Pipeline {
         Ok(pixels.into_iter().map(byte).collect())
     }
 
-    /// Only SDXL is told of sizes.
-    fn check_sizes(&self, request: &Request) -> Result<(), Error> {
-        let told = request.sizes != SizeConditioning::default() || request.negative_sizes.is_some();
-        if !told || self.unet.config().text_time.is_some() {
-            return Ok(());
-        }
-        Err(Error {
-            kind: ErrorKind::Request,
-            param: Some("original_size"),
-            message: "original_size, target_size, crop and their negative_ forms are for SDXL: this model takes none"
-                .into(),
-        })
-    }
-
     fn warnings(&self, request: &Request) -> Result<Vec<String>, Error> {
         let mut warnings = vec![];
         let negative = request.negative_prompt.as_deref();
@@ -200,16 +194,47 @@ impl Pipeline {
     }
 }
 
-impl Generator for Pipeline {
-    fn info(&self) -> ModelInfo {
-        self.info.clone()
+impl Rules {
+    /// The size that is drawn for a requested one.
+    fn drawn(&self, requested: Size) -> Size {
+        if self.native_only { self.info.native_size } else { requested }
     }
 
+    fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
+        Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
+            kind: ErrorKind::Request,
+            param: Some("sampler"),
+            message: match request.sampler {
+                // The file's own: another may do.
+                None if !matches!(e, SamplerError::Steps(_)) => {
+                    format!("{e}; name another sampler, such as euler")
+                }
+                _ => e.to_string(),
+            },
+        })
+    }
+
+    /// Only SDXL is told of sizes.
+    fn check_sizes(&self, request: &Request) -> Result<(), Error> {
+        let told = request.sizes != SizeConditioning::default() || request.negative_sizes.is_some();
+        if !told || self.takes_sizes {
+            return Ok(());
+        }
+        Err(Error {
+            kind: ErrorKind::Request,
+            param: Some("original_size"),
+            message: "original_size, target_size, crop and their negative_ forms are for SDXL: this model takes none"
+                .into(),
+        })
+    }
+}
+
+impl Check for Rules {
     fn check(&self, request: &Request) -> Result<(), Error> {
         STEPS.check(request.steps)?;
         self.info.check_guidance(GUIDANCE_SCALE.name, request.guidance_scale)?;
         Size::new(request.size.width, request.size.height)?;
-        let factor = self.vae.config().factor();
+        let factor = self.vae.factor();
         let drawn = self.drawn(request.size);
         if !drawn.width.is_multiple_of(factor) || !drawn.height.is_multiple_of(factor) {
             return Err(Error {
@@ -236,7 +261,18 @@ impl Generator for Pipeline {
                 ),
             });
         }
-        self.sampler(request).map(|_| ())
+        self.sampler(request)?;
+        memory::check_total(drawn, &self.vae, self.dtype)
+    }
+}
+
+impl Generator for Pipeline {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(self.rules())
     }
 
     fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
@@ -245,11 +281,12 @@ impl Generator for Pipeline {
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
         let latents = self.latents(requests, observer)?;
+        let rules = self.rules();
         let mut pictures = vec![];
         for (i, (request, latents)) in requests.iter().zip(&latents).enumerate() {
             stop_if_unwanted(observer, requests.len())?;
             let started = Instant::now();
-            let rgb = enlarge(self.decode(latents)?, self.drawn(request.size), request.size)?;
+            let rgb = enlarge(self.decode(latents)?, rules.drawn(request.size), request.size)?;
             pictures.push(Picture { size: request.size, rgb, warnings: self.warnings(request)? });
             observer.stage(Stage::Decode, i + 1, requests.len(), started.elapsed());
         }

@@ -91,7 +91,16 @@ impl Size {
     pub fn new(width: usize, height: usize) -> Result<Self, ParameterError> {
         let size = Size { width, height };
         for side in [width, height] {
-            if side == 0 || side % Self::MULTIPLE != 0 {
+            if side == 0 {
+                return Err(ParameterError {
+                    param: "size",
+                    message: format!(
+                        "Invalid size: {size}. Width and height must be at least {0}, and divisible by {0}",
+                        Self::MULTIPLE
+                    ),
+                });
+            }
+            if side % Self::MULTIPLE != 0 {
                 let near = |v: usize| {
                     (v.min(Self::MAX_SIDE).div_ceil(Self::MULTIPLE) * Self::MULTIPLE)
                         .clamp(Self::MULTIPLE, Self::MAX_SIDE)

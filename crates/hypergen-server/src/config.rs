@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, ValueEnum};
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{
@@ -14,6 +15,7 @@ use hypergen_diffusion::{
 
 use crate::api::Defaults;
 use crate::auth::ApiKey;
+use crate::logging::LogLevel;
 
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -61,7 +63,7 @@ pub struct ServeConfig {
     pub host: String,
 
     /// Port to listen on; 0 for any free one
-    #[arg(long, env = "HYPERGEN_PORT", default_value_t = 8000)]
+    #[arg(long, env = "HYPERGEN_PORT", default_value_t = 8000, value_parser = port)]
     pub port: u16,
 
     /// A key that clients must send as 'Authorization: Bearer KEY'; may be given several times (separated by commas in the environment)
@@ -147,7 +149,7 @@ pub struct ServeConfig {
     pub image_store_size: Bytes,
 
     /// Leave the generation parameters out of the picture files
-    #[arg(long, env = "HYPERGEN_NO_METADATA")]
+    #[arg(long, env = "HYPERGEN_NO_METADATA", value_parser = BoolishValueParser::new())]
     pub no_metadata: bool,
 
     /// A web origin whose pages may use this server, such as https://example.com, or * for all; may be given several times
@@ -174,16 +176,16 @@ pub struct ServeConfig {
     #[arg(long, env = "HYPERGEN_SHUTDOWN_TIMEOUT", default_value = "30s", value_name = "TIME")]
     pub shutdown_timeout: Seconds,
 
-    /// What to log: error, warn, info, debug, trace, or a filter like hypergen_server=debug
-    #[arg(long, env = "HYPERGEN_LOG_LEVEL", default_value = "info")]
-    pub log_level: String,
+    /// What to log: off, error, warn, info, debug or trace; parts may have a level of their own, such as warn,hypergen_server=debug
+    #[arg(long, env = "HYPERGEN_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: LogLevel,
 
     /// Form of the log
     #[arg(long, env = "HYPERGEN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Human)]
     pub log_format: LogFormat,
 
     /// Log the prompts too: they are private otherwise
-    #[arg(long, env = "HYPERGEN_LOG_PROMPTS")]
+    #[arg(long, env = "HYPERGEN_LOG_PROMPTS", value_parser = BoolishValueParser::new())]
     pub log_prompts: bool,
 }
 
@@ -296,6 +298,10 @@ impl FromStr for Bytes {
     }
 }
 
+fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| "must be a whole number between 0 and 65535; 0 is any free port".to_owned())
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(value) if value >= 1 => Ok(value),
@@ -391,6 +397,8 @@ mod tests {
         for (args, word) in [
             (vec!["--max-queue-size", "0"], "max-queue-size"),
             (vec!["--threads", "0"], "threads"),
+            (vec!["--port", "65536"], "between 0 and 65535"),
+            (vec!["--log-level", "loud"], "off, error, warn, info, debug, trace"),
             (vec!["--default-steps", "151"], "between 1 and 150"),
             (vec!["--default-guidance", "NaN"], "between 0 and 20"),
             (vec!["--dtype", "int4"], "float32"),

@@ -67,7 +67,8 @@ pub(crate) struct Stored {
 #[derive(Debug, Error)]
 pub(crate) enum StoreError {
     #[error(
-        "the picture could not be kept for its URL: {0} (ask for response_format b64_json, or make room in the server's --image-dir)"
+        "the picture could not be kept for its URL: {} (ask for response_format b64_json, or have the server's --image-dir mended)",
+        cause(.0)
     )]
     Disk(#[from] io::Error),
     #[error(
@@ -118,7 +119,7 @@ impl ImageStore {
     /// left in the folder is served on until its time is over.
     ///
     /// # Errors
-    /// When the folder cannot be made or read.
+    /// When the folder cannot be made, read, or written to.
     pub(crate) fn open(folder: Option<&Path>, ttl: Duration, bound: u64) -> io::Result<Self> {
         let (folder, temporary) = match folder {
             Some(folder) => {
@@ -133,7 +134,19 @@ impl ImageStore {
         let store = Self { folder, ttl, bound, index: Mutex::default(), temporary: RwLock::new(temporary) };
         store.scan()?;
         store.sweep();
+        store.probe()?;
         Ok(store)
+    }
+
+    /// Finds out by trying whether files can be written: rights alone do not
+    /// tell, and nor does a disk that is full or can only be read.
+    fn probe(&self) -> io::Result<()> {
+        NamedTempFile::new_in(&self.folder)?.write_all(&[0; 4096])
+    }
+
+    /// Whether there is a picture of this name, without a look at the disk.
+    pub(crate) fn holds(&self, name: &Name) -> bool {
+        self.lock().entries.contains_key(name)
     }
 
     /// Where it keeps its files.
@@ -275,6 +288,17 @@ impl ImageStore {
     pub(crate) fn usage(&self) -> (usize, u64) {
         let index = self.lock();
         (index.entries.len(), index.bytes)
+    }
+}
+
+/// What a failure of the disk is, for answers: the system's own words may
+/// hold a path, which is nobody's business.
+pub(crate) fn cause(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::StorageFull => "the disk is full".to_owned(),
+        io::ErrorKind::NotFound => "the folder does not exist".to_owned(),
+        io::ErrorKind::ReadOnlyFilesystem => "the disk can only be read".to_owned(),
+        kind => kind.to_string(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! they come from their one declaration in `hypergen_diffusion`.
 
 use std::num::NonZeroU16;
+use std::str::FromStr;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -74,6 +75,7 @@ pub(crate) struct GenerateArgs {
         long = "n",
         value_name = "COUNT",
         default_value_t = IMAGES.default,
+        value_parser = whole::<usize>,
         help = format!("Number of pictures, {} to {}; picture i has the seed SEED + i, from 0", IMAGES.min, IMAGES.max)
     )]
     pub(crate) count: usize,
@@ -84,6 +86,7 @@ pub(crate) struct GenerateArgs {
     #[arg(
         long,
         value_name = "STEPS",
+        value_parser = whole::<usize>,
         help = format!("Denoising steps, {} to {} [default: {}, or the model's own]", STEPS.min, STEPS.max, STEPS.default)
     )]
     pub(crate) steps: Option<usize>,
@@ -91,7 +94,7 @@ pub(crate) struct GenerateArgs {
     #[arg(
         long,
         value_name = "SCALE",
-        allow_negative_numbers = true,
+        value_parser = number,
         help = format!(
             "How closely to follow the prompt, {} to {}; 1 turns guidance off and halves the time [default: {}, or the model's own]",
             GUIDANCE_SCALE.min, GUIDANCE_SCALE.max, GUIDANCE_SCALE.default
@@ -100,7 +103,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) guidance_scale: Option<f64>,
 
     /// Seed of the noise, 0 to 2^64-1: the same seed draws the same picture [default: a random one, which is printed].
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = seed)]
     pub(crate) seed: Option<u64>,
 
     /// What the picture should not show.
@@ -129,12 +132,32 @@ pub(crate) struct GenerateArgs {
     pub(crate) dtype: DTypeChoice,
 
     /// Threads that share the work [default: as many as this process may use].
-    #[arg(long, env = "HYPERGEN_THREADS", hide_env_values = true, value_name = "COUNT")]
+    #[arg(long, env = "HYPERGEN_THREADS", hide_env_values = true, value_name = "COUNT", value_parser = at_least_one)]
     pub(crate) threads: Option<NonZeroU16>,
 
     /// Do not write prompt, seed and settings into the file.
     #[arg(long)]
     pub(crate) no_metadata: bool,
+}
+
+/// A whole number; whether it is in range, its own check says.
+pub(crate) fn whole<T: FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse().map_err(|_| "must be a whole number, not below 0")
+}
+
+/// A number; whether it is in range, its own check says.
+pub(crate) fn number(text: &str) -> Result<f64, &'static str> {
+    text.parse().map_err(|_| "must be a number")
+}
+
+fn at_least_one(text: &str) -> Result<NonZeroU16, String> {
+    text.parse().map_err(|_| format!("must be a whole number between 1 and {}", u16::MAX))
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        format!("must be a whole number between 0 and {}; leave --seed out for a random one", u64::MAX)
+    })
 }
 
 fn sampler_parser() -> impl TypedValueParser<Value = SamplerKind> {
@@ -226,7 +249,7 @@ pub(crate) struct BenchArgs {
     pub(crate) size: Option<Size>,
 
     /// Denoising steps of each round.
-    #[arg(long, value_name = "STEPS", default_value_t = 4)]
+    #[arg(long, value_name = "STEPS", default_value_t = 4, value_parser = whole::<usize>)]
     pub(crate) steps: usize,
 
     /// Pictures that share forward passes.
@@ -234,7 +257,7 @@ pub(crate) struct BenchArgs {
     pub(crate) batch: u16,
 
     /// More than 1 measures both halves of guidance in a step, 1 only one [default: 7.5, and 1 for sdxl-turbo].
-    #[arg(long, value_name = "SCALE")]
+    #[arg(long, value_name = "SCALE", value_parser = number)]
     pub(crate) guidance_scale: Option<f64>,
 
     /// Rounds that count, after one that does not.
@@ -250,7 +273,7 @@ pub(crate) struct BenchArgs {
     pub(crate) dtype: DTypeChoice,
 
     /// Threads that share the work [default: all that the process may use].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = at_least_one)]
     pub(crate) threads: Option<NonZeroU16>,
 
     /// Show which operation of which shape takes how long, the longest first.

@@ -353,7 +353,7 @@ fn a_full_disk_is_one_line_and_leaves_nothing() {
 
     // A limit on the size of files stops a write in its middle, as a full disk does.
     let shell = format!(
-        "trap '' XFSZ; ulimit -f 1; exec '{}' generate 'red apple' --steps 2 --seed 1 -o apple.png",
+        "ulimit -f 1; exec '{}' generate 'red apple' --steps 2 --seed 1 -o apple.png",
         env!("CARGO_BIN_EXE_hypergen")
     );
     let output = std::process::Command::new("bash").args(["-c", &shell]).current_dir(sandbox.path()).output();
@@ -363,6 +363,20 @@ fn a_full_disk_is_one_line_and_leaves_nothing() {
     assert!(line.contains("cannot write 'apple.png': the file is larger than is allowed"), "{line}");
     assert_eq!(text(&output.stdout), "");
     assert!(sandbox.names().is_empty(), "{:?}", sandbox.names());
+}
+
+/// `| head` and `2>&1 | head`: whoever read has gone, and the picture is drawn all the same.
+#[test]
+#[cfg(unix)]
+fn readers_that_have_gone_do_not_stop_it() {
+    let nobody = || std::io::pipe().expect("a pipe").1;
+    let sandbox = Sandbox::new();
+    let mut command = sandbox.command(&quick(&["-n", "2", "-o", "apple.png"]));
+    assert_eq!(command.stdout(nobody()).stderr(nobody()).status().expect("it runs").code(), Some(0));
+    assert_eq!(sandbox.names(), ["apple-1.png", "apple-2.png"]);
+    let output =
+        sandbox.command(&quick(&["--seed", "1", "-o", "-"])).stdout(nobody()).output().expect("it runs");
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
 }
 
 #[test]

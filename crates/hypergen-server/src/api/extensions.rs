@@ -1,16 +1,16 @@
-//! Parameters that OpenAI's API and the specification do not have, each
-//! declared once: how prompts are read, skipped layers, rescaled guidance, and
-//! SDXL's sizes. Left out, they change nothing.
+//! Parameters that the specification does not have, each declared once: how
+//! prompts are read, skipped layers, rescaled guidance, and SDXL's sizes. Left
+//! out, they change nothing. Streams, which OpenAI's API has, are refused here.
 
 use std::str::FromStr;
 
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{CLIP_SKIP, Corner, Extent, GUIDANCE_RESCALE, Range, Request, SizeConditioning};
 use serde_json::json;
-use utoipa::openapi::schema::ObjectBuilder;
+use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
-use super::fields::{Fields, clip};
+use super::fields::{Fields, Whole, clip};
 use super::parameters::{Choice, Integer, Number, Takes, Text, index};
 
 /// What requests get that name none, as the operator set it.
@@ -47,6 +47,10 @@ struct Sizes {
     target_size: Text,
 }
 
+/// OpenAI's words for events while a picture is drawn. A client that asks for
+/// them waits for events, and would take an answer without any for none at all.
+const STREAM: &str = "stream";
+const PARTIAL_IMAGES: &str = "partial_images";
 const EXTENT: &str = r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$";
 const CORNER: &str = r"^[0-9]{1,4},[0-9]{1,4}$";
 
@@ -103,6 +107,7 @@ impl Extensions {
 
     /// Reads them into a request.
     pub(super) fn read(&self, fields: &Fields, request: &mut Request) -> Result<(), ApiError> {
+        refuse_streams(fields)?;
         if let Some(name) = self.prompt_syntax.read(fields)? {
             request.prompt_syntax = name.parse()?;
         }
@@ -131,6 +136,11 @@ impl Extensions {
     /// Adds them to the schema of a request.
     pub(super) fn describe(&self, mut schema: ObjectBuilder) -> ObjectBuilder {
         schema = schema
+            .property(
+                STREAM,
+                only(Type::Boolean, json!(false), "Events while it draws: this server sends none yet."),
+            )
+            .property(PARTIAL_IMAGES, only(Type::Integer, json!(0), "Pictures in such events: none yet."))
             .property(self.prompt_syntax.name, self.prompt_syntax.schema())
             .property(self.clip_skip.name, self.clip_skip.schema())
             .property(self.guidance_rescale.range.name, self.guidance_rescale.schema());
@@ -156,6 +166,30 @@ impl Sizes {
             target_size: parse::<Extent>(&self.target_size, fields)?,
         })
     }
+}
+
+fn refuse_streams(fields: &Fields) -> Result<(), ApiError> {
+    let refused = |name, found, leave| {
+        let message = format!(
+            "{name} is {found}, but this server does not stream yet: {leave}, and the answer comes when all is drawn"
+        );
+        Err(ApiError::parameter(name, message))
+    };
+    if fields.boolean(STREAM)? == Some(true) {
+        return refused(STREAM, "true".to_owned(), "leave it out or send false");
+    }
+    match fields.integer(PARTIAL_IMAGES, "of 0")? {
+        None | Some((Whole::Integer(0), _)) => Ok(()),
+        Some((_, raw)) => refused(PARTIAL_IMAGES, clip(raw), "leave it out or send 0"),
+    }
+}
+
+/// A property that takes one value alone.
+fn only(kind: Type, value: serde_json::Value, about: &str) -> ObjectBuilder {
+    ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([kind, Type::Null]))
+        .enum_values(Some([value, json!(null)]))
+        .description(Some(about))
 }
 
 fn parse<T: FromStr<Err = String>>(text: &Text, fields: &Fields) -> Result<Option<T>, ApiError> {
@@ -216,6 +250,15 @@ mod tests {
     }
 
     #[test]
+    fn streams_that_are_switched_off_are_none() {
+        for json in
+            [r#"{"stream": false, "partial_images": 0}"#, r#"{"stream": null, "partial_images": 0.0}"#]
+        {
+            assert_eq!(read(&Defaults::default(), json), Ok(Request::new("x")), "{json}");
+        }
+    }
+
+    #[test]
     fn sizes_are_described_where_the_model_takes_them() {
         for sizes in [false, true] {
             let schema = Extensions::new(&SET, &takes(sizes)).describe(ObjectBuilder::new()).build();
@@ -237,6 +280,12 @@ mod tests {
             (r#"{"target_size": 5}"#, "target_size", "a string"),
             (r#"{"negative_original_size": "1x1"}"#, "negative_target_size", "both, or neither"),
             (r#"{"negative_crop": "1,1"}"#, "negative_original_size", "both, or neither"),
+            (r#"{"stream": true}"#, "stream", "does not stream yet: leave it out or send false"),
+            (r#"{"stream": "yes"}"#, "stream", "true or false"),
+            (r#"{"stream": 1}"#, "stream", "true or false"),
+            (r#"{"partial_images": 2}"#, "partial_images", "does not stream yet: leave it out or send 0"),
+            (r#"{"partial_images": -1}"#, "partial_images", "leave it out or send 0"),
+            (r#"{"partial_images": true}"#, "partial_images", "an integer"),
         ] {
             let error = read(&SET, json).expect_err(json);
             assert_eq!(error.param.as_deref(), Some(param), "{json}");

@@ -15,7 +15,7 @@ use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
 use super::extensions::{Defaults, Extensions};
-use super::fields::{Fields, Whole, clip, wrong_type};
+use super::fields::{EXACT, Fields, Whole, clip, wrong_type};
 use super::loras::{LoraChoice, Loras};
 use crate::encode::{ImageFormat, OUTPUT_COMPRESSION};
 
@@ -138,6 +138,11 @@ impl Integer {
             Whole::Integer(value) => u64::try_from(value).ok(),
             Whole::Huge => None,
             Whole::Fraction => return Err(wrong_type(self.name, &format!("an integer {range}"), raw)),
+            Whole::Inexact if *self.range.end() < EXACT => None,
+            Whole::Inexact => {
+                let wanted = format!("an integer {range}, without fraction or exponent beyond 2^53");
+                return Err(wrong_type(self.name, &wanted, raw));
+            }
         };
         match value.filter(|value| self.range.contains(value)) {
             Some(value) => Ok(Some(value)),

@@ -130,6 +130,18 @@ async fn what_cannot_be_had_is_a_500_that_tells_nothing() {
 }
 
 #[tokio::test]
+async fn a_lora_of_the_servers_own_that_vanishes_tells_no_path() {
+    let folder = folder();
+    let ink = folder.path().join("ink.safetensors");
+    let app = TestApp::new(&["--lora", text(&ink)]);
+    fs::remove_file(&ink).expect("removed");
+    let answer = app.post(json!({"prompt": "x", "size": "8x8"})).await;
+    let (message, ..) = answer.error(500);
+    assert!(message.contains("the server's own LoRA") && !message.contains(text(folder.path())), "{message}");
+    assert_eq!(answer.header("x-should-retry"), "false");
+}
+
+#[tokio::test]
 async fn the_folder_is_listed() {
     let folder = folder();
     let app = TestApp::new(&["--lora-dir", text(folder.path())]);

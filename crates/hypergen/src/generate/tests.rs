@@ -2,10 +2,11 @@
 //! what is written, and how it stops.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use hypergen_diffusion::{Error, Observer, Picture, Stage};
+use hypergen_diffusion::{Check, Error, Observer, Picture, Stage};
 
 use super::*;
 use crate::cli::{Cli, Command};
@@ -38,16 +39,25 @@ impl Fake {
     }
 }
 
-impl Generator for Fake {
-    fn info(&self) -> ModelInfo {
-        self.info.clone()
-    }
+/// What the fake refuses.
+struct Rules;
 
+impl Check for Rules {
     fn check(&self, request: &Request) -> Result<(), Error> {
         if request.prompt == "refuse" {
             return Err(Error::new(ErrorKind::Request, "this model does not draw that"));
         }
         Ok(())
+    }
+}
+
+impl Generator for Fake {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(Rules)
     }
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
