@@ -6,6 +6,7 @@ from pathlib import Path
 import blocks
 import families
 import lora
+import lora_settings
 import pipelines
 import prompts
 import samplers
@@ -25,6 +26,7 @@ def main() -> None:
         prompts.make(Path(scratch))
         single_file.make(Path(scratch))
         lora.make(Path(scratch) / "lora")
+        lora_settings.make(Path(scratch) / "lora_settings")
 
 
 if __name__ == "__main__":

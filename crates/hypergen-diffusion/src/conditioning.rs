@@ -101,6 +101,7 @@ impl TextConditioner {
     /// Checks both prompts of a request, and how many layers it leaves out,
     /// without encoding anything.
     pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
+        request.check_prompts()?;
         let layers = self.parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
         let max = layers.saturating_sub(self.state.skip);
         crate::Range { max: max.min(CLIP_SKIP.max), ..CLIP_SKIP }.check(request.clip_skip)?;

@@ -11,6 +11,7 @@ mod formula;
 mod lora;
 mod lora_files;
 mod lora_malformed;
+mod lora_settings;
 mod networks;
 mod pipelines;
 mod prompts;
