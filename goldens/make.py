@@ -7,6 +7,7 @@ import blocks
 import families
 import fields
 import lora
+import lora_settings
 import pipelines
 import prompts
 import samplers
@@ -27,6 +28,7 @@ def main() -> None:
         prompts.make(Path(scratch))
         single_file.make(Path(scratch))
         lora.make(Path(scratch) / "lora")
+        lora_settings.make(Path(scratch) / "lora_settings")
 
 
 if __name__ == "__main__":

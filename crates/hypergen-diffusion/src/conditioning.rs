@@ -13,7 +13,7 @@ use crate::{CLIP_SKIP, Error, ErrorKind, ParameterError, Request};
 
 /// A tokenizer with its encoder.
 pub(crate) struct TextPart {
-    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Tokenizer,
     pub(crate) encoder: TextEncoder,
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct Sides {
 #[derive(Clone)]
 pub(crate) struct PromptReader {
     /// One for each text encoder.
-    tokenizers: Vec<Arc<Tokenizer>>,
+    tokenizers: Vec<Tokenizer>,
     /// The most layers that the encoders can do without.
     max_clip_skip: usize,
 }
@@ -75,6 +75,7 @@ impl PromptReader {
     /// Checks both prompts of a request, and how many layers it leaves out,
     /// without encoding anything.
     pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
+        request.check_prompts()?;
         crate::Range { max: self.max_clip_skip, ..CLIP_SKIP }.check(request.clip_skip)?;
         if request.prompt_syntax == PromptSyntax::A1111 {
             self.read(PROMPT, &request.prompt)?;
@@ -109,7 +110,7 @@ impl TextConditioner {
     pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
         let layers = parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
         let reader = PromptReader {
-            tokenizers: parts.iter().map(|part| Arc::clone(&part.tokenizer)).collect(),
+            tokenizers: parts.iter().map(|part| part.tokenizer.clone()).collect(),
             max_clip_skip: layers.saturating_sub(state.skip).min(CLIP_SKIP.max),
         };
         Self { parts, reader, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
@@ -126,6 +127,7 @@ impl TextConditioner {
             let own: Vec<&Embedding> = embeddings.iter().filter(|e| e.component == component).collect();
             part.tokenizer.set_words(own.iter().map(|e| (e.word.as_str(), e.count)));
             part.encoder.set_words(&own.iter().flat_map(|e| &e.values).copied().collect::<Vec<f32>>());
+            self.reader.tokenizers[i] = part.tokenizer.clone();
         }
     }
 

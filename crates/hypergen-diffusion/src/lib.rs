@@ -37,7 +37,7 @@ pub use generator::{Check, Error, ErrorKind, Generator, ModelInfo, Observer, Pic
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};
 pub use request::{
-    CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS,
-    Size,
+    CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, MAX_PROMPT, ParameterError, Range,
+    Request, STEPS, Size,
 };
 pub use size_conditioning::{Corner, Extent, SizeConditioning};

@@ -4,7 +4,6 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 
 use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Tensor, TorchGenerator};
 use serde_json::Value;
@@ -441,7 +440,7 @@ impl Loading<'_> {
             nothing_left(&loader, checkpoint, beside_text_encoder)?;
             let component = if loaded.is_empty() { Component::Text } else { Component::Text2 };
             self.changeable(component, &loader);
-            loaded.push(TextPart { tokenizer: Arc::new(tokenizer), encoder });
+            loaded.push(TextPart { tokenizer, encoder });
         }
         // SDXL takes the penultimate layer of both encoders as it is.
         let state = HiddenState { skip: usize::from(parts.xl), normed: !parts.xl };

@@ -57,6 +57,28 @@ pub const GUIDANCE_RESCALE: Range<f64> = Range { name: "guidance_rescale", min: 
 /// Strength of a LoRA.
 pub const LORA_SCALE: Range<f64> = Range { name: "lora_scale", min: 0.0, max: 2.0, default: 1.0 };
 
+/// Longest prompt, and longest negative one, in characters: what OpenAI's own
+/// API takes, and several times what any syntax here can draw.
+pub const MAX_PROMPT: usize = 32_000;
+
+/// Checks the length of a prompt, which is the value of `param`.
+///
+/// # Errors
+/// When it is longer than [`MAX_PROMPT`].
+pub(crate) fn check_prompt(param: &'static str, text: &str) -> Result<(), ParameterError> {
+    // Counting is only for texts that may be too long.
+    if text.len() <= MAX_PROMPT {
+        return Ok(());
+    }
+    match text.chars().count() {
+        ..=MAX_PROMPT => Ok(()),
+        count => Err(ParameterError {
+            param,
+            message: format!("{param} must have at most {MAX_PROMPT} characters, but has {count}"),
+        }),
+    }
+}
+
 /// A parameter that cannot be used, with a message for the user.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
@@ -226,6 +248,15 @@ impl Request {
             || self.prompt_syntax == other.prompt_syntax
                 && self.prompt == other.prompt
                 && self.negative_prompt == other.negative_prompt
+    }
+
+    /// Checks the lengths of both prompts.
+    ///
+    /// # Errors
+    /// When one is longer than [`MAX_PROMPT`].
+    pub fn check_prompts(&self) -> Result<(), ParameterError> {
+        check_prompt("prompt", &self.prompt)?;
+        check_prompt("negative_prompt", self.negative_prompt.as_deref().unwrap_or_default())
     }
 
     /// The LoRAs that the prompt names, in their order. In plain syntax there

@@ -2,27 +2,24 @@
 //!
 //! Applied weights are kept as long as they fit into a bound of bytes, so that
 //! requests that alternate exchange pointers. A set of LoRAs is known by its
-//! files (with size and time, so that a file that was replaced is read anew)
-//! and scales; a scale of 0 is no LoRA.
+//! scales and by the stamps of all files that are read for it, so that what was
+//! replaced, edited or removed is read anew; a scale of 0 is no LoRA.
 
 use std::collections::VecDeque;
-use std::fs::Metadata;
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use hypergen_tensor::{Changed, Device, apply, bytes_to_change};
 
 use super::bind::{Targets, bind};
 use super::file::LoraFile;
-use super::{Embedding, Lora, PARAM};
+use super::stamp::Stamp;
+use super::{Embedding, Lora, PARAM, settings};
 use crate::{Error, memory};
 
 /// One LoRA of a set, as far as it decides about weights.
 #[derive(Debug, Clone, PartialEq)]
 struct Part {
-    path: PathBuf,
-    bytes: u64,
-    modified: Option<SystemTime>,
+    /// The weights, and every place where their settings may lie.
+    files: Vec<Stamp>,
     scale: f64,
 }
 
@@ -89,7 +86,7 @@ impl Adapters {
     /// When a file cannot be used; the model then computes with its loaded weights.
     pub(crate) fn activate(&mut self, loras: &[Lora], device: &Device) -> Result<(), Error> {
         let wanted: Vec<&Lora> = loras.iter().filter(|l| l.scale != 0.0).collect();
-        let parts: Vec<Part> = wanted.iter().map(|lora| part(lora)).collect();
+        let parts: Vec<Part> = wanted.iter().map(|lora| Part::of(lora)).collect();
         let same = |set: &Set| set.parts == parts;
         if self.active && self.sets.front().is_some_and(same) {
             return Ok(());
@@ -157,18 +154,12 @@ impl Adapters {
     }
 }
 
-fn part(lora: &Lora) -> Part {
-    let metadata = std::fs::metadata(&lora.path).ok();
-    Part {
-        path: canonical(&lora.path),
-        bytes: metadata.as_ref().map_or(0, Metadata::len),
-        modified: metadata.and_then(|m| m.modified().ok()),
-        scale: lora.scale,
+impl Part {
+    fn of(lora: &Lora) -> Self {
+        let settings = settings::beside(&lora.path);
+        let files = std::iter::once(&lora.path).chain(&settings).map(|path| Stamp::of(path));
+        Self { files: files.collect(), scale: lora.scale }
     }
-}
-
-fn canonical(path: &Path) -> PathBuf {
-    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 /// What may be kept where nothing else is said: three LoRAs of SD 1.5 in bfloat16.

@@ -1,12 +1,13 @@
 //! LoRA and its kin: files of small changes to a loaded model's weights.
 //!
 //! `file` reads a file in whichever of the public formats it is, `names` knows
-//! how those formats call tensors and modules, `adapter` turns one module's
+//! how those formats call tensors and modules, and `settings` what trainers write
+//! beside them, with `patterns` of modules; `adapter` turns one module's
 //! tensors into a change of it and `bind` a whole file into changes of one
 //! model's weights, `embeddings` are the words that a file may bring along, and
-//! `adapters` applies all that for a request and takes it off again; `library`
-//! finds files. What a file holds and we do not apply is
-//! an error, never a weaker effect. `docs/lora.md` tells users of it.
+//! `adapters` applies all that for a request and takes it off again, as long as
+//! the files' `stamp`s stay; `library` finds files. What a file holds and we do
+//! not apply is an error, never a weaker effect. `docs/lora.md` tells users of it.
 //!
 //! A change is merged: weight and change are added up in float32 and packed as
 //! the weight itself was. The loaded weights stay, so that going back to them
@@ -20,6 +21,9 @@ mod embeddings;
 mod file;
 mod library;
 mod names;
+mod patterns;
+mod settings;
+mod stamp;
 
 use std::path::PathBuf;
 
@@ -37,7 +41,8 @@ use crate::{Error, ErrorKind};
 pub struct Lora {
     /// What the user calls it, for messages.
     pub name: String,
-    /// The file.
+    /// The file, as the user named it: its ending says what it is, and its
+    /// settings may lie beside it, also where it is a link.
     pub path: PathBuf,
     /// Strength: 1 as it was trained, 0 not at all.
     pub scale: f64,

@@ -13,6 +13,7 @@ mod formula;
 mod lora;
 mod lora_files;
 mod lora_malformed;
+mod lora_settings;
 mod mistaken;
 mod networks;
 mod own_sampler;

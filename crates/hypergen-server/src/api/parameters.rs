@@ -9,7 +9,9 @@
 use std::ops::RangeInclusive;
 
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, ModelInfo, ParameterError, Range, Request, STEPS, Size};
+use hypergen_diffusion::{
+    GUIDANCE_SCALE, IMAGES, MAX_PROMPT, ModelInfo, ParameterError, Range, Request, STEPS, Size,
+};
 use serde_json::json;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
@@ -332,6 +334,7 @@ impl Parameters {
             sampler: self.sampler.read(fields)?.and_then(|name| name.parse().ok()),
             ..Request::new(self.read_prompt(fields)?)
         };
+        first.check_prompts()?;
         self.extensions.read(fields, &mut first)?;
         self.quality.read(fields)?;
         let request = ImageRequest {
@@ -381,6 +384,7 @@ impl Parameters {
     /// does not know are allowed, as clients of OpenAI's API send several.
     pub fn schema(&self) -> Object {
         let prompt = self.prompt.schema().schema_type(Type::String).min_length(Some(1));
+        let prompt = prompt.max_length(Some(MAX_PROMPT));
         let size = self
             .size
             .schema()
@@ -400,7 +404,10 @@ impl Parameters {
             .property(self.response_format.name, self.response_format.schema())
             .property(self.output_format.name, self.output_format.schema())
             .property(self.output_compression.name, self.output_compression.schema())
-            .property(self.negative_prompt.name, self.negative_prompt.schema())
+            .property(
+                self.negative_prompt.name,
+                self.negative_prompt.schema().max_length(Some(MAX_PROMPT)),
+            )
             .property(self.steps.name, self.steps.schema())
             .property(self.guidance_scale.range.name, self.guidance_scale.schema())
             .property(self.seed.name, self.seed.schema())
