@@ -237,7 +237,7 @@ impl Tokenizer {
 
     /// The vocabulary's tokens for ids, those of added words among them.
     fn tokens(&self, ids: &[u32]) -> Vec<u32> {
-        let added = |id: u32| self.added.iter().find(|word| word.ids.contains(&id));
+        let added = |id: u32| self.words.iter().find(|word| word.ids.contains(&id));
         let mut tokens = vec![];
         for (i, &id) in ids.iter().enumerate() {
             match added(id) {
