@@ -126,7 +126,8 @@ fn distance(case: &Case<'_>, golden: &Golden) -> Result<f64, String> {
 
 /// What is asked for, in units of the latents' scale; what is found is mostly 3e-7.
 fn tolerance(case: &Case<'_>) -> f64 {
-    let name = case.name.unwrap_or_default();
+    let named = || SamplerKind::named_by(case.config).map_or("", SamplerKind::name);
+    let name = case.name.unwrap_or_else(named);
     let rescaled = case.config["rescale_betas_zero_snr"].as_bool().unwrap_or(false);
     let cosine = case.config["beta_schedule"] == "squaredcos_cap_v2";
     match name.split('_').next() {
