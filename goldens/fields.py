@@ -111,7 +111,7 @@ VAE = [
 ]
 TEXT = [
     ("sd1", {"vocab_size": 4400}, SAME),
-    ("sd1", {"hidden_size": 48}, REFUSED, "token_embedding.weight"),
+    ("sd1", {"hidden_size": 48}, REFUSED, "layer_norm1.weight"),
     ("sd1", {"intermediate_size": 64}, CHANGES),
     ("sd1", {"projection_dim": None}, SAME),
     ("sd1", {"num_hidden_layers": 2}, CHANGES),
@@ -263,9 +263,7 @@ HARMLESS = [
     {"variance_type": "fixed_small"},
     {"trained_betas": None},
     {"sigma_min": None, "sigma_max": None},
-    {"use_karras_sigmas": None},
     {"thresholding": None},
-    {"num_train_timesteps": 1000.0, "steps_offset": 1},
     {"disable_corrector": []},
     {"interpolation_type": "linear", "unknown_field": [1, {"a": None}], "_unknown": "x"},
     {"skip_prk_steps": True, "steps_offset": None, "timestep_spacing": "linspace"},

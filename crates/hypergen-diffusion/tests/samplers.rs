@@ -130,7 +130,8 @@ fn distance(case: &Case<'_>, golden: &Golden) -> Result<f64, String> {
 
 /// What is asked for, in units of the latents' scale; what is found is mostly 3e-7.
 fn tolerance(case: &Case<'_>) -> f64 {
-    let name = case.name.unwrap_or_default();
+    let named = || SamplerKind::named_by(case.config).map_or("", SamplerKind::name);
+    let name = case.name.unwrap_or_else(named);
     let rescaled = case.config["rescale_betas_zero_snr"].as_bool().unwrap_or(false);
     let cosine = case.config["beta_schedule"] == "squaredcos_cap_v2";
     match name.split('_').next() {
@@ -229,6 +230,30 @@ fn every_field_of_every_class_is_honoured_or_refused() {
     assert!(drawn > 300, "only {drawn}");
 }
 
+/// Values that the classes trip over, though what they mean is plain.
+#[test]
+fn other_ways_to_write_a_value_are_read() {
+    let plain = json!({"beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading"});
+    for (name, fields) in [
+        ("ddim", json!({"num_train_timesteps": 1000.0, "steps_offset": 1.0, "clip_sample": null})),
+        ("euler", json!({"use_karras_sigmas": null, "use_beta_sigmas": null, "timestep_type": null})),
+        ("dpmpp_2m", json!({"solver_order": 2.0, "thresholding": null, "variance_type": "fixed_small"})),
+        ("unipc", json!({"disable_corrector": null, "solver_p": null, "sigma_min": null})),
+        ("lcm", json!({"original_inference_steps": 50.0, "rescale_betas_zero_snr": null})),
+    ] {
+        let mut config = plain.clone();
+        if name == "ddim" {
+            config["clip_sample"] = json!(false);
+        }
+        let drawn = |config: &Value| {
+            run(&Case { name: Some(name), config, steps: 6, seed: 3, result: None }).map(|(x, ..)| x)
+        };
+        let expected = drawn(&config).unwrap();
+        config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(drawn(&config).unwrap_or_else(|e| panic!("{fields}: {e}")), expected, "{fields}");
+    }
+}
+
 fn error(name: Option<&str>, config: Value, steps: usize) -> String {
     let kind = name.map(|n| n.parse().unwrap());
     match Sampler::new(kind, &config, steps) {
@@ -281,6 +306,8 @@ fn bad_fields_are_errors_by_name() {
         ("dpmpp_2m", "use_flow_sigmas", json!(true)),
         ("dpmpp_2m", "use_dynamic_shifting", json!(true)),
         ("dpmpp_2m", "variance_type", json!("learned")),
+        ("dpmpp_2s", "variance_type", json!("learned_range")),
+        ("lcm", "original_inference_steps", json!(1001)),
         ("dpmpp_2m", "lambda_min_clipped", json!("low")),
         ("dpmpp_2m", "lambda_min_clipped", json!(1000.0)),
         ("dpmpp_2m", "lower_order_final", json!("no")),
@@ -307,6 +334,10 @@ fn bad_files_and_steps_are_errors() {
         assert!(error(Some(kind.name()), small.clone(), 11).contains("11 steps"), "{kind}");
         assert!(error(Some(kind.name()), small, 0).contains("at least 1"), "{kind}");
     }
+    // The default of a field that is absent may not fit either.
+    let few = json!({"num_train_timesteps": 20});
+    assert!(error(Some("lcm"), few.clone(), 4).contains("original_inference_steps"));
+    assert!(error(Some("tcd"), few, 4).contains("original_inference_steps"));
     // Leading spacing with an offset leaves the table at its noisy end.
     assert!(error(Some("ddim"), json!({"steps_offset": 1}), 1000).contains("fewer steps"));
     let trained = json!({"trained_betas": vec![1.0; 10], "num_train_timesteps": 10});

@@ -347,9 +347,13 @@ fn a_distilled_single_file_is_told_by_its_name_or_its_family() {
     fs::copy(&plain, &turbo).expect("a copy");
     let by_name = open(&turbo, None).expect("a single file").info();
     assert_eq!(open(&plain, None).expect("a single file").info().family, "Stable Diffusion XL");
-    let options = LoadOptions { family: Some("sdxl-turbo".parse().expect("a family")), ..LoadOptions::default() };
+    let options =
+        LoadOptions { family: Some("sdxl-turbo".parse().expect("a family")), ..LoadOptions::default() };
     let by_family = load(plain.to_str(), &options, &mut |_| {}).expect("a single file").info();
     for info in [by_name, by_family] {
-        assert_eq!((info.family.as_str(), info.min_guidance, info.native_size.width), ("SDXL Turbo", 0.0, 512));
+        assert_eq!(
+            (info.family.as_str(), info.min_guidance, info.native_size.width),
+            ("SDXL Turbo", 0.0, 512)
+        );
     }
 }
