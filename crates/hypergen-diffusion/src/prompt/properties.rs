@@ -97,8 +97,12 @@ proptest! {
     /// weight 1, whatever else is in it.
     #[test]
     fn escaped_text_survives(plain in prompts()) {
-        let special = ["BREAK", "AND", "<lora:", "<lyco:", "<hypernet:"];
-        prop_assume!(!special.iter().any(|word| plain.contains(word)));
+        let mut plain = plain;
+        for word in ["BREAK", "AND", "lora:", "lyco:", "hypernet:"] {
+            while plain.contains(word) {
+                plain = plain.replace(word, "");
+            }
+        }
         let mut escaped = String::new();
         for c in plain.chars() {
             if "()[]\\".contains(c) {
@@ -127,7 +131,12 @@ proptest! {
         prop_assert_eq!((&*parsed.loras[0].name, parsed.loras[0].scale), (&*name, scale));
     }
 
-    /// Repeating a text of any pieces hundreds of times is read, too: with a
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Repeating a text of any pieces thousands of times is read, too: with a
     /// time that grows with its square this would take hours.
     #[test]
     fn long_texts_are_read(pieces in prop::collection::vec(prop::sample::select(PIECES), 1..4), end in prop::sample::select(PIECES)) {
@@ -162,7 +171,7 @@ fn a_mebibyte_of_anything_is_read() {
         "AND_",
     ];
     for piece in PIECES.iter().chain(&more).filter(|piece| !piece.is_empty()) {
-        for end in ["", ">", ")", "]"] {
+        for end in ["", ")]>"] {
             let long = piece.repeat((1 << 20) / piece.len()) + end;
             match parse_any("prompt", &long) {
                 Ok(parsed) => assert!(text(&parsed).len() <= long.len(), "{piece}"),

@@ -404,10 +404,7 @@ impl Parameters {
             .property(self.response_format.name, self.response_format.schema())
             .property(self.output_format.name, self.output_format.schema())
             .property(self.output_compression.name, self.output_compression.schema())
-            .property(
-                self.negative_prompt.name,
-                self.negative_prompt.schema().max_length(Some(MAX_PROMPT)),
-            )
+            .property(self.negative_prompt.name, self.negative_prompt.schema().max_length(Some(MAX_PROMPT)))
             .property(self.steps.name, self.steps.schema())
             .property(self.guidance_scale.range.name, self.guidance_scale.schema())
             .property(self.seed.name, self.seed.schema())
