@@ -31,7 +31,7 @@ mod single_file;
 mod size_conditioning;
 pub mod tokenizer;
 
-pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
+pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage, clipped};
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};
 pub use request::{

@@ -393,3 +393,6 @@ impl Observer for Watch<'_> {
             || self.riders.get(index).is_none_or(|rider| !rider.job.wanted())
     }
 }
+
+#[cfg(test)]
+mod properties;

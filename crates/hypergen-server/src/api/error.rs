@@ -5,7 +5,7 @@
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use hypergen_diffusion::{ErrorKind, ParameterError};
+use hypergen_diffusion::{ErrorKind, ParameterError, clipped};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -48,7 +48,7 @@ pub struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code: None, retry_after: None }
+        Self { status, message: clipped(message), param: None, code: None, retry_after: None }
     }
 
     /// 400: the request is at fault.
