@@ -191,10 +191,27 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of a kind, with its message.
+    /// An error of a kind, with its message, [`clipped`].
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, param: None, message: message.into() }
+        Self { kind, param: None, message: clipped(message) }
     }
+}
+
+/// Longest message, in characters: more than anyone reads.
+const LONGEST: usize = 1200;
+
+/// A message without its middle where it is absurdly long. Messages repeat what
+/// they are about, and a name in a file or a field of a request may be as long as
+/// the file or the request; the cause stands at the beginning and the mend at the end.
+pub fn clipped(message: impl Into<String>) -> String {
+    let message = message.into();
+    let characters = if message.len() > LONGEST { message.chars().count() } else { 0 };
+    if characters <= LONGEST {
+        return message;
+    }
+    let begin = message.chars().take(LONGEST * 2 / 3);
+    let end = message.chars().skip(characters - LONGEST / 4);
+    begin.chain(" … ".chars()).chain(end).collect()
 }
 
 impl fmt::Display for Error {
@@ -207,12 +224,31 @@ impl std::error::Error for Error {}
 
 impl From<crate::request::ParameterError> for Error {
     fn from(e: crate::request::ParameterError) -> Self {
-        Self { kind: ErrorKind::Request, param: Some(e.param), message: e.message }
+        Self { param: Some(e.param), ..Self::new(ErrorKind::Request, e.message) }
     }
 }
 
 impl From<hypergen_tensor::CheckpointError> for Error {
     fn from(e: hypergen_tensor::CheckpointError) -> Self {
         Self::new(ErrorKind::Model, e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_repeats_a_whole_file_keeps_its_cause_and_its_mend() {
+        let message = format!("'{}' is no name: give another", "日".repeat(100_000));
+        let error = Error::new(ErrorKind::Model, message.clone());
+        assert!(error.message.chars().count() <= LONGEST, "{}", error.message.len());
+        assert!(
+            error.message.starts_with("'日日") && error.message.ends_with("日' is no name: give another")
+        );
+        let of_a_parameter = Error::from(crate::ParameterError { param: "size", message });
+        assert_eq!(of_a_parameter.message, error.message);
+        let short = "é".repeat(LONGEST);
+        assert_eq!(Error::new(ErrorKind::Model, short.clone()).message, short);
     }
 }

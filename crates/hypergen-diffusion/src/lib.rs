@@ -33,7 +33,9 @@ mod size_conditioning;
 pub mod tokenizer;
 
 pub use families::FamilyName;
-pub use generator::{Check, Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
+pub use generator::{
+    Check, Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage, clipped,
+};
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};
 pub use request::{

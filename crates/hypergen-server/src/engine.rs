@@ -385,3 +385,6 @@ impl Observer for Watch<'_> {
             || self.riders.get(index).is_none_or(|rider| !rider.job.wanted())
     }
 }
+
+#[cfg(test)]
+mod properties;

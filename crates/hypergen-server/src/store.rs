@@ -321,6 +321,9 @@ fn make_private(folder: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

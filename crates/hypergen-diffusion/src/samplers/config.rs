@@ -97,8 +97,9 @@ impl Fields {
         default: i64,
         range: RangeInclusive<i64>,
     ) -> Result<i64, SamplerError> {
-        let Some(value) = self.map.get(field) else { return Ok(default) };
-        whole(value).filter(|v| range.contains(v)).ok_or_else(|| {
+        // A default may lie outside as well: what fits depends on other fields.
+        let value = self.map.get(field).map_or(Some(default), whole);
+        value.filter(|v| range.contains(v)).ok_or_else(|| {
             self.error(field, format!("must be a whole number from {} to {}", range.start(), range.end()))
         })
     }

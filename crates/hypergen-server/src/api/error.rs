@@ -5,7 +5,7 @@
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use hypergen_diffusion::{ErrorKind, ParameterError};
+use hypergen_diffusion::{ErrorKind, ParameterError, clipped};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -59,7 +59,7 @@ pub(crate) struct Reason(pub(crate) String);
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        let message = message.into();
+        let message = clipped(message);
         Self {
             status,
             message,
