@@ -206,7 +206,8 @@ impl Tokenizer {
         if wanted.is_empty() {
             return Ok(text.into());
         }
-        let encoded = self.inner.encode_fast(text, false).map_err(failed)?;
+        // The faster way to encode gives ids without their texts.
+        let encoded = self.inner.encode(text, false).map_err(failed)?;
         let mut text = text.to_owned();
         for found in encoded.get_tokens() {
             let Some(at) = wanted.iter().position(|(token, _)| token == found) else { continue };
