@@ -5,8 +5,9 @@
 use std::io::{self, IsTerminal, Write};
 use std::str::FromStr;
 
+use tracing::Level;
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -23,8 +24,12 @@ const LEVELS: [(&str, LevelFilter); 6] = [
 ];
 
 /// What is logged: a level, and levels of their own for parts of the program.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LogLevel(Targets);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLevel {
+    level: LevelFilter,
+    /// Modules with levels of their own, the modules within them included.
+    parts: Vec<(String, LevelFilter)>,
+}
 
 impl FromStr for LogLevel {
     type Err = String;
@@ -33,14 +38,33 @@ impl FromStr for LogLevel {
     /// between them. A word that is no level is refused: taken for the name of
     /// a part, as filters of this kind have it, it would silence all others.
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut targets = Targets::new().with_default(LevelFilter::INFO);
+        let mut this = Self { level: LevelFilter::INFO, parts: Vec::new() };
         for part in text.split(',').map(str::trim) {
-            targets = match part.split_once('=') {
-                None => targets.with_default(level(part)?),
-                Some((target, word)) => targets.with_target(target_name(target.trim())?, level(word.trim())?),
-            };
+            match part.split_once('=') {
+                None => this.level = level(part)?,
+                Some((name, word)) => this.parts.push((part_name(name.trim())?, level(word.trim())?)),
+            }
         }
-        Ok(Self(targets))
+        // The innermost module has the last word.
+        this.parts.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
+        Ok(this)
+    }
+}
+
+impl LogLevel {
+    /// Whether a line is logged. (The filters of `tracing_subscriber` compare
+    /// beginnings, so that `hyper` would be `hypergen_server` too.)
+    fn logs(&self, target: &str, level: &Level) -> bool {
+        let within = |name: &str| {
+            target.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+        };
+        let own = self.parts.iter().find(|(name, _)| within(name));
+        *level <= own.map_or(self.level, |(_, level)| *level)
+    }
+
+    /// The most that any part logs.
+    fn most(&self) -> LevelFilter {
+        self.parts.iter().map(|(_, level)| *level).fold(self.level, LevelFilter::max)
     }
 }
 
@@ -54,11 +78,10 @@ fn level(word: &str) -> Result<LevelFilter, String> {
     })
 }
 
-fn target_name(name: &str) -> Result<&str, String> {
-    let good = !name.is_empty()
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-'));
-    match good {
-        true => Ok(name),
+fn part_name(name: &str) -> Result<String, String> {
+    let module = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-');
+    match !name.is_empty() && name.bytes().all(module) {
+        true => Ok(name.to_owned()),
         false => {
             Err(format!("'{name}' is no part of the program: a part is a module such as hypergen_server"))
         }
@@ -89,17 +112,17 @@ pub fn init_logging(config: &ServeConfig) {
         LogFormat::Json => log.json().flatten_event(true).with_span_list(false).with_ansi(false).boxed(),
     };
     // The only failure is a log that is there already.
-    let _ = tracing_subscriber::registry().with(log.with_filter(config.log_level.0.clone())).try_init();
+    let (level, most) = (config.log_level.clone(), config.log_level.most());
+    let filter = filter_fn(move |line| level.logs(line.target(), line.level())).with_max_level_hint(most);
+    let _ = tracing_subscriber::registry().with(log.with_filter(filter)).try_init();
 }
 
 #[cfg(test)]
 mod tests {
-    use tracing::Level;
-
     use super::*;
 
     fn enabled(text: &str, target: &str, level: Level) -> bool {
-        text.parse::<LogLevel>().expect(text).0.would_enable(target, &level)
+        text.parse::<LogLevel>().expect(text).logs(target, &level)
     }
 
     #[test]
@@ -114,6 +137,10 @@ mod tests {
         }
         assert!(enabled("hyper=off", "hypergen_server", Level::INFO), "the others stay at info");
         assert!(!enabled("hyper=off", "hyper::proto", Level::ERROR));
+        let nested = "hypergen_server=warn,hypergen_server::trace=trace";
+        assert!(enabled(nested, "hypergen_server::trace", Level::TRACE));
+        assert!(!enabled(nested, "hypergen_server::engine", Level::INFO));
+        assert_eq!(nested.parse::<LogLevel>().expect(nested).most(), LevelFilter::TRACE);
     }
 
     #[test]

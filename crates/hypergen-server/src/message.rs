@@ -88,7 +88,8 @@ mod tests {
         for good in [&[] as &[&str], &["chunked"], &["Chunked"]] {
             assert_eq!(check_transfer(&headers(header::TRANSFER_ENCODING, good)), Ok(()));
         }
-        for bad in [&["gzip, chunked"] as &[&str], &["gzip", "chunked"], &["chunked, chunked"], &["identity"]] {
+        for bad in [&["gzip, chunked"] as &[&str], &["gzip", "chunked"], &["chunked, chunked"], &["identity"]]
+        {
             let error = check_transfer(&headers(header::TRANSFER_ENCODING, bad)).expect_err("unknown");
             assert_eq!(error.status, 501);
         }

@@ -62,11 +62,12 @@ fn read(matches: &ArgMatches, parsed_by: &Command, file: Option<&Path>) -> (Cli,
 }
 
 /// The command line's declaration, with what holds for every argument.
-fn command() -> Command {
+pub(crate) fn command() -> Command {
     Cli::command().mut_subcommands(|command| {
         command.mut_args(|arg| {
             // `-1` is a value that may be wrong, and never a flag.
-            let arg = arg.allow_negative_numbers(true);
+            let takes_value = arg.get_action().takes_values();
+            let arg = if takes_value { arg.allow_negative_numbers(true) } else { arg };
             let empty = arg.get_env().is_some_and(|name| {
                 name != KEY_VARIABLE
                     && std::env::var_os(name).is_some_and(|value| value.to_string_lossy().trim().is_empty())

@@ -289,3 +289,17 @@ fn empty_variables_are_none() {
     let (status, body) = server.ask("GET", "/health", "");
     assert!(status.contains(" 200 ") && text(&body).contains("\"emoji\""), "{status}: {}", text(&body));
 }
+
+#[test]
+fn switches_take_the_usual_words() {
+    let sandbox = Sandbox::new();
+    for (word, code) in [("1", 1), ("0", 1), ("yes", 1), ("TRUE", 1), ("off", 1), ("", 1), ("maybe", 2)] {
+        for name in ["HYPERGEN_LOG_PROMPTS", "HYPERGEN_NO_METADATA"] {
+            let mut command = sandbox.command(&["serve", "no/such/model", "--port", "0"]);
+            let output = command.env(name, word).output().expect("it runs");
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(code), "{name}={word}: {said}");
+            assert!(said.contains(if code == 2 { name } else { "no/such/model" }), "{name}={word}: {said}");
+        }
+    }
+}

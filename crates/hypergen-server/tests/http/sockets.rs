@@ -265,7 +265,7 @@ async fn messages_that_http_forbids_are_refused() {
             "POST /v1/images/generations HTTP/1.1\r\ncontent-type: application/json\r\n{headers}\r\n{body}"
         )
     };
-    let chunks = "20\r\n{\"prompt\": \"x\", \"size\": \"8x8\"}\r\n0\r\n\r\n";
+    let chunks = "1e\r\n{\"prompt\": \"x\", \"size\": \"8x8\"}\r\n0\r\n\r\n";
     for (text, expected, word) in [
         ("GET /health HTTP/1.1\r\n\r\n".to_owned(), 400, "no Host"),
         ("GET /health HTTP/1.1\r\nhost: a\r\nhost: a\r\n\r\n".to_owned(), 400, "several Host"),

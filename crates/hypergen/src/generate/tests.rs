@@ -5,10 +5,11 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use hypergen_diffusion::{Check, Error, Observer, Picture, Stage};
 
 use super::*;
+use crate::arguments;
 use crate::cli::{Cli, Command};
 
 /// Draws pictures of one colour, which the seed chooses, and remembers what it was asked.
@@ -81,7 +82,10 @@ impl Generator for Fake {
 }
 
 fn args(flags: &[&str]) -> GenerateArgs {
-    let cli = Cli::try_parse_from(["hypergen", "generate", "red apple"].iter().chain(flags)).expect("flags");
+    let matches = arguments::command()
+        .try_get_matches_from(["hypergen", "generate", "red apple"].iter().chain(flags))
+        .expect("flags");
+    let cli = Cli::from_arg_matches(&matches).expect("flags");
     let Command::Generate(args) = cli.command else { panic!("generate") };
     *args
 }
