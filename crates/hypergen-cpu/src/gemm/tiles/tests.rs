@@ -47,7 +47,7 @@ pub(crate) fn emulated<L: Left>(cpu: &Cpu, a: &L, w: &PackedMatrix<bf16>, output
     // SAFETY: every machine has the portable vectors; tiles are emulated.
     unsafe {
         multiply_by(cpu, a, w, output, |block, scratch, left| {
-            run_with::<Portable, L>(block, scratch, left, Tiles::emulated)
+            run_with::<Portable, L>(block, scratch, left, Tiles::emulated);
         });
     }
 }
