@@ -109,7 +109,7 @@ impl Pipeline {
         self.text.set_weights(self.adapters.text(), self.adapters.embeddings());
         let started = Instant::now();
         let guided = first.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
-        let conditioning = self.condition(requests, guided, size)?;
+        let conditioning = self.condition(requests, guided, size).map_err(|e| with_loras(e, first))?;
         observer.stage(Stage::Text, 1, 1, started.elapsed());
 
         let mut generators: Vec<_> = requests.iter().map(|r| TorchGenerator::new(r.seed)).collect();
@@ -129,8 +129,10 @@ impl Pipeline {
             done: 0,
             evaluations: sampler.evaluations(),
         };
-        sampler.run(&mut x, &mut network, &mut noise)?;
-        finite(&x, "sampler after its last step")?;
+        sampler
+            .run(&mut x, &mut network, &mut noise)
+            .and_then(|()| finite(&x, "sampler after its last step"))
+            .map_err(|e| with_loras(e, first))?;
         let [_, height, width, _] = shape;
         let len = x.len() / requests.len();
         Ok(x.chunks_exact(len).map(|values| Latents { height, width, values: values.to_vec() }).collect())
@@ -352,6 +354,22 @@ impl Network<'_> {
         let latents = Tensor::from_f32(self.device, shape, self.dtype, x);
         self.unet.forward(&latents, timestep, &self.conditioning).to_f32()
     }
+}
+
+/// Says of numbers that are none which LoRAs were in use: they are the first to
+/// be suspected.
+fn with_loras(error: Error, request: &Request) -> Error {
+    let used = request.loras.iter().filter(|lora| lora.scale != 0.0);
+    let used: Vec<String> = used.map(|lora| format!("'{}' at scale {}", lora.name, lora.scale)).collect();
+    if error.kind != ErrorKind::Internal || used.is_empty() {
+        return error;
+    }
+    let message = format!(
+        "{}; drawn with the LoRA {}, whose weights or scale may be too large: try it without",
+        error.message,
+        used.join(" and ")
+    );
+    Error { message, ..error }
 }
 
 fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), Error> {

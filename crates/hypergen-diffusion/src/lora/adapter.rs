@@ -648,3 +648,25 @@ impl Size {
         Self { outputs: module.outputs(), inputs: module.inputs(), taps }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(rows: usize, columns: usize, taps: usize) -> Block {
+        let values = (0..rows * columns * taps).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
+        Block { rows, columns, taps, values }
+    }
+
+    /// Whole numbers, so that the order of sums makes no difference.
+    #[test]
+    fn taps_apart_are_the_same_product_in_either_order() {
+        for (outputs, rank) in [(4, 2), (4, 4), (4, 9)] {
+            let (up, taps, down) = (block(outputs, rank, 1), block(rank, 3, 4), block(3, 5, 1));
+            let want = up.times(&taps.spread(&down)).values;
+            let side = Side::tucker(up, &taps, &down);
+            assert_eq!(matches!(side, Side::Whole(_)), rank > outputs, "what is held is the smaller one");
+            assert_eq!(side.whole(outputs), want, "rank {rank}");
+        }
+    }
+}

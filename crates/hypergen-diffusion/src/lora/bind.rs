@@ -217,3 +217,6 @@ fn other_family(file: &LoraFile, targets: &Targets) -> Option<String> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests;
