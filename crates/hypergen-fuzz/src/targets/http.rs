@@ -1,12 +1,12 @@
 //! A whole HTTP request to the routes: path, query, headers, body. The parser
 //! of HTTP itself is hyper's, and the model is one that draws grey.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use axum::body::Body;
 use axum::http::{Method, Request as HttpRequest, StatusCode};
 use http_body_util::BodyExt;
-use hypergen_diffusion::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Request};
+use hypergen_diffusion::{Check, Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Request};
 use hypergen_server::{App, ServeConfig};
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -23,14 +23,8 @@ impl Generator for Grey {
         body::model()
     }
 
-    fn check(&self, request: &Request) -> Result<(), Error> {
-        if request.size.width * request.size.height > 4096 {
-            return Err(Error {
-                param: Some("size"),
-                ..Error::new(ErrorKind::Request, "size is too large for grey")
-            });
-        }
-        Ok(())
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(Self)
     }
 
     fn generate(
@@ -43,6 +37,18 @@ impl Generator for Grey {
             Picture { size: request.size, rgb, warnings: vec![] }
         };
         Ok(requests.iter().map(draw).collect())
+    }
+}
+
+impl Check for Grey {
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        if request.size.width * request.size.height > 4096 {
+            return Err(Error {
+                param: Some("size"),
+                ..Error::new(ErrorKind::Request, "size is too large for grey")
+            });
+        }
+        Ok(())
     }
 }
 

@@ -63,6 +63,10 @@ impl Model for Count {
         self.calls += 1;
         Ok(x.iter().map(|x| x * 0.1).collect())
     }
+
+    fn pictures(&self) -> usize {
+        1
+    }
 }
 
 fn check(error: &SamplerError) {
