@@ -134,6 +134,8 @@ impl ImageStore {
         let store = Self { folder, ttl, bound, index: Mutex::default(), temporary: RwLock::new(temporary) };
         store.scan()?;
         store.sweep();
+        // An earlier server may have had more room.
+        store.shrink(&mut store.lock(), 0);
         store.probe()?;
         Ok(store)
     }
@@ -208,13 +210,18 @@ impl ImageStore {
 
     fn make_room(&self, size: u64, name: &Name) {
         let mut index = self.lock();
-        while index.bytes + size > self.bound {
+        self.shrink(&mut index, size);
+        index.insert(name.clone(), size, SystemTime::now());
+    }
+
+    /// Removes the oldest until `more` bytes fit into the bound, or nothing is left.
+    fn shrink(&self, index: &mut Index, more: u64) {
+        while index.bytes.saturating_add(more) > self.bound {
             let oldest =
                 index.entries.iter().min_by_key(|(_, entry)| entry.order).map(|(name, _)| name.clone());
             let Some(oldest) = oldest else { break };
-            self.remove(&mut index, &oldest);
+            self.remove(index, &oldest);
         }
-        index.insert(name.clone(), size, SystemTime::now());
     }
 
     fn forget(&self, name: &Name) {

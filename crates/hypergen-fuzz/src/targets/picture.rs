@@ -10,6 +10,11 @@ use hypergen_server::encode::{ImageFormat, Metadata, encode};
 use crate::files;
 use crate::targets::itself;
 
+/// File systems have no longer names, and models and LoRAs are called by their files.
+const LONGEST_NAME: usize = 255;
+/// As many as a request may name.
+const MOST_LORAS: usize = 16;
+
 /// Sections of an input are the texts; `numbers` has the rest, a word each.
 pub(crate) fn read(data: &[u8]) -> u64 {
     let metadata = metadata(data);
@@ -50,12 +55,13 @@ fn metadata(data: &[u8]) -> Metadata {
     for (name, content) in files::sections(data, "prompt") {
         let text = String::from_utf8_lossy(content);
         let text = text.strip_suffix('\n').unwrap_or(&text).to_owned();
+        let file_name = || text.chars().take(LONGEST_NAME).collect::<String>();
         match name {
             "prompt" => metadata.prompt = text,
             "negative" => metadata.negative_prompt = Some(text),
-            "sampler" => metadata.sampler = text,
-            "model" => metadata.model = text,
-            "lora" => metadata.loras.push((text, 0.5)),
+            "sampler" => metadata.sampler = file_name(),
+            "model" => metadata.model = file_name(),
+            "lora" if metadata.loras.len() < MOST_LORAS => metadata.loras.push((file_name(), 0.5)),
             "a1111" => metadata.prompt_syntax = PromptSyntax::A1111,
             "numbers" => numbers(&mut metadata, &text),
             _ => {}

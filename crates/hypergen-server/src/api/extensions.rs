@@ -10,7 +10,7 @@ use serde_json::json;
 use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
-use super::fields::{Fields, Whole, clip};
+use super::fields::{Fields, clip};
 use super::parameters::{Choice, Integer, Number, Takes, Text, index};
 
 /// What requests get that name none, as the operator set it.
@@ -31,6 +31,7 @@ pub struct Defaults {
 /// The parameters.
 pub(super) struct Extensions {
     prompt_syntax: Choice,
+    partial_images: Integer,
     clip_skip: Integer,
     guidance_rescale: Number,
     sizes: Sizes,
@@ -50,7 +51,9 @@ struct Sizes {
 /// OpenAI's words for events while a picture is drawn. A client that asks for
 /// them waits for events, and would take an answer without any for none at all.
 const STREAM: &str = "stream";
-const PARTIAL_IMAGES: &str = "partial_images";
+/// How many pictures such events show on the way, as far as OpenAI's API goes. It says
+/// nothing where there are no events; that API's own clients send it with `stream: false`.
+const PARTIAL_IMAGES: Range<usize> = Range { name: "partial_images", min: 0, max: 3, default: 0 };
 const EXTENT: &str = r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$";
 const CORNER: &str = r"^[0-9]{1,4},[0-9]{1,4}$";
 
@@ -67,6 +70,11 @@ impl Extensions {
                 words: PromptSyntax::ALL.iter().map(|syntax| syntax.name()).collect(),
                 default: Some(defaults.prompt_syntax.name()),
             },
+            partial_images: Integer::new(
+                &PARTIAL_IMAGES,
+                PARTIAL_IMAGES.default,
+                "Pictures in such events; without effect as there are none.",
+            ),
             clip_skip: Integer::new(
                 &Range { max: takes.clip_skip, ..CLIP_SKIP },
                 defaults.clip_skip,
@@ -108,6 +116,7 @@ impl Extensions {
     /// Reads them into a request.
     pub(super) fn read(&self, fields: &Fields, request: &mut Request) -> Result<(), ApiError> {
         refuse_streams(fields)?;
+        self.partial_images.read(fields)?;
         if let Some(name) = self.prompt_syntax.read(fields)? {
             request.prompt_syntax = name.parse()?;
         }
@@ -140,7 +149,7 @@ impl Extensions {
                 STREAM,
                 only(Type::Boolean, json!(false), "Events while it draws: this server sends none yet."),
             )
-            .property(PARTIAL_IMAGES, only(Type::Integer, json!(0), "Pictures in such events: none yet."))
+            .property(self.partial_images.name, self.partial_images.schema())
             .property(self.prompt_syntax.name, self.prompt_syntax.schema())
             .property(self.clip_skip.name, self.clip_skip.schema())
             .property(self.guidance_rescale.range.name, self.guidance_rescale.schema());
@@ -169,19 +178,14 @@ impl Sizes {
 }
 
 fn refuse_streams(fields: &Fields) -> Result<(), ApiError> {
-    let refused = |name, found, leave| {
-        let message = format!(
-            "{name} is {found}, but this server does not stream yet: {leave}, and the answer comes when all is drawn"
-        );
-        Err(ApiError::parameter(name, message))
-    };
-    if fields.boolean(STREAM)? == Some(true) {
-        return refused(STREAM, "true".to_owned(), "leave it out or send false");
+    if fields.boolean(STREAM)? != Some(true) {
+        return Ok(());
     }
-    match fields.integer(PARTIAL_IMAGES, "of 0")? {
-        None | Some((Whole::Integer(0), _)) => Ok(()),
-        Some((_, raw)) => refused(PARTIAL_IMAGES, clip(raw), "leave it out or send 0"),
-    }
+    let message = format!(
+        "{STREAM} is true, but this server does not stream yet: leave it out or send false, and the answer comes when \
+         all is drawn"
+    );
+    Err(ApiError::parameter(STREAM, message))
 }
 
 /// A property that takes one value alone.
@@ -252,7 +256,7 @@ mod tests {
     #[test]
     fn streams_that_are_switched_off_are_none() {
         for json in
-            [r#"{"stream": false, "partial_images": 0}"#, r#"{"stream": null, "partial_images": 0.0}"#]
+            [r#"{"stream": false, "partial_images": 2}"#, r#"{"stream": null, "partial_images": 0.0}"#]
         {
             assert_eq!(read(&Defaults::default(), json), Ok(Request::new("x")), "{json}");
         }
@@ -283,8 +287,8 @@ mod tests {
             (r#"{"stream": true}"#, "stream", "does not stream yet: leave it out or send false"),
             (r#"{"stream": "yes"}"#, "stream", "true or false"),
             (r#"{"stream": 1}"#, "stream", "true or false"),
-            (r#"{"partial_images": 2}"#, "partial_images", "does not stream yet: leave it out or send 0"),
-            (r#"{"partial_images": -1}"#, "partial_images", "leave it out or send 0"),
+            (r#"{"partial_images": 4}"#, "partial_images", "between 0 and 3"),
+            (r#"{"partial_images": -1}"#, "partial_images", "between 0 and 3"),
             (r#"{"partial_images": true}"#, "partial_images", "an integer"),
         ] {
             let error = read(&SET, json).expect_err(json);

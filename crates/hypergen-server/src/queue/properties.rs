@@ -115,10 +115,9 @@ impl World {
             );
         }
         assert!(riders.iter().all(|rider| rider.job.wanted()), "nobody is drawn for who has left");
-        for rider in &riders {
-            let new = rider.index == 0;
-            assert_eq!(begun.contains(&rider.job.id), new, "a job begins with its first picture");
-        }
+        let first = |rider: &&Rider| rider.index == 0;
+        let with_first: Vec<u64> = riders.iter().filter(first).map(|rider| rider.job.id).collect();
+        assert_eq!(begun, with_first, "a job begins with its first picture");
         self.begun.extend(begun);
         self.taken.extend(riders.iter().map(|rider| (rider.job.id, rider.index)));
         // Jobs have their numbers in the order of their coming: who came first is drawn first.

@@ -91,9 +91,8 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         ("stream", json!("true"), "stream must be true or false, but is the string \"true\""),
         (
             "partial_images",
-            json!(2),
-            "partial_images is 2, but this server does not stream yet: leave it out or send 0, and the answer comes \
-             when all is drawn",
+            json!(4),
+            "partial_images must be between 0 and 3, but is 4",
         ),
         (
             "size",

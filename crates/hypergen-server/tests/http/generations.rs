@@ -176,7 +176,7 @@ async fn what_real_clients_send_besides_is_ignored() {
     let answer = app
         .post(json!({
             "prompt": "x", "size": "8x8", "model": 7u64.to_string(), "user": "me", "style": "vivid", "background": "auto",
-            "moderation": "low", "stream": null, "partial_images": 0, "extra": {"deep": [1, {"er": null}]},
+            "moderation": "low", "stream": false, "partial_images": 1, "extra": {"deep": [1, {"er": null}]},
             "negative_prompt": null, "n": null, "seed": null, "guidance_scale": null, "num_inference_steps": null,
             "sampler": null, "lora_path": null, "lora_scale": null, "output_format": null,
             "output_compression": null, "quality": null
