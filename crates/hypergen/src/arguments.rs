@@ -33,7 +33,8 @@ impl Origins {
 
 /// Parses the process's command line, or ends the process with clap's words.
 pub(crate) fn parse() -> (Cli, Origins) {
-    let command = command();
+    let mut command = command();
+    command.build();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let matches = command.clone().try_get_matches_from(&arguments);
     let matches = matches.unwrap_or_else(|e| from_variable(e, &command, &arguments).exit());
@@ -47,6 +48,7 @@ pub(crate) fn parse_with_file(path: &Path) -> Result<(Cli, Origins), ConfigFileE
     if let Some(serve) = command.find_subcommand_mut("serve") {
         *serve = with_file(serve.clone(), path)?;
     }
+    command.build();
     let matches = command.clone().try_get_matches();
     let matches = matches.unwrap_or_else(|e| from_file(e, &command, path).exit());
     Ok(read(&matches, &command, Some(path)))

@@ -105,7 +105,7 @@ fn negative_numbers_are_told_what_is_allowed() {
         (&["generate", "x", "--steps", "-5"], "whole number"),
         (&["generate", "x", "--threads", "-1"], "between 1 and 65535"),
         (&["generate", "x", "--clip-skip", "-1"], "whole number"),
-        (&["generate", "x", "--size", "-8"], "WIDTHxHEIGHT"),
+        (&["generate", "x", "--size", "-8"], "Use format like"),
         (&["generate", "x", "--crop", "-1"], "TOP,LEFT"),
         (&["bench", "--steps", "-1"], "whole number"),
         (&["bench", "--rounds", "-1"], "1..=1000"),
