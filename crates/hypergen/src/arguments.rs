@@ -33,9 +33,10 @@ impl Origins {
 
 /// Parses the process's command line, or ends the process with clap's words.
 pub(crate) fn parse() -> (Cli, Origins) {
-    let command = command();
+    let mut command = command();
+    command.build();
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    let matches = command.clone().try_get_matches_from(&arguments);
+    let matches = matches(&command, &arguments);
     let matches = matches.unwrap_or_else(|e| from_variable(e, &command, &arguments).exit());
     read(&matches, &command, None)
 }
@@ -47,8 +48,9 @@ pub(crate) fn parse_with_file(path: &Path) -> Result<(Cli, Origins), ConfigFileE
     if let Some(serve) = command.find_subcommand_mut("serve") {
         *serve = with_file(serve.clone(), path)?;
     }
-    let matches = command.clone().try_get_matches();
-    let matches = matches.unwrap_or_else(|e| from_file(e, &command, path).exit());
+    command.build();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let matches = matches(&command, &arguments).unwrap_or_else(|e| from_file(e, &command, path).exit());
     Ok(read(&matches, &command, Some(path)))
 }
 
@@ -65,9 +67,6 @@ fn read(matches: &ArgMatches, parsed_by: &Command, file: Option<&Path>) -> (Cli,
 pub(crate) fn command() -> Command {
     Cli::command().mut_subcommands(|command| {
         command.mut_args(|arg| {
-            // `-1` is a value that may be wrong, and never a flag.
-            let takes_value = arg.get_action().takes_values();
-            let arg = if takes_value { arg.allow_negative_numbers(true) } else { arg };
             let empty = arg.get_env().is_some_and(|name| {
                 name != KEY_VARIABLE
                     && std::env::var_os(name).is_some_and(|value| value.to_string_lossy().trim().is_empty())
@@ -75,6 +74,36 @@ pub(crate) fn command() -> Command {
             if empty { arg.env(None::<&str>) } else { arg }
         })
     })
+}
+
+/// Parses arguments, the program's name first. What begins like a negative
+/// number after a flag is that flag's value, `--size -8x8` as `--size=-8x8`: it
+/// may be wrong, and is told so, but it is never a flag that is not known.
+pub(crate) fn matches(command: &Command, arguments: &[OsString]) -> Result<ArgMatches, clap::Error> {
+    let subcommand = arguments.get(1).and_then(|name| command.find_subcommand(name));
+    let takes_value = |flag: &OsString| {
+        let named = |arg: &&Arg| {
+            arg.get_long().is_some_and(|long| *flag == *format!("--{long}"))
+                || arg.get_short().is_some_and(|short| *flag == *format!("-{short}"))
+        };
+        let arg = subcommand.and_then(|command| command.get_arguments().find(named));
+        arg.is_some_and(|arg| arg.get_action().takes_values())
+    };
+    let mut joined: Vec<OsString> = Vec::with_capacity(arguments.len());
+    for argument in arguments {
+        let negative = argument
+            .to_string_lossy()
+            .strip_prefix('-')
+            .is_some_and(|rest| rest.trim_start_matches('.').starts_with(|c: char| c.is_ascii_digit()));
+        match joined.last_mut().filter(|last| negative && takes_value(last)) {
+            Some(flag) => {
+                flag.push("=");
+                flag.push(argument);
+            }
+            None => joined.push(argument.clone()),
+        }
+    }
+    command.clone().try_get_matches_from(joined)
 }
 
 /// Where the values come from that were not given as flags. What a file says

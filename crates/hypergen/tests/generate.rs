@@ -56,9 +56,9 @@ fn a_pipe_gets_the_name_and_silence() {
 /// bytes need not be the same; what is drawn has to be.
 #[test]
 fn the_readmes_picture_is_what_its_command_draws() {
-    /// In dB. Measured: float32 is at 70 and more on any processor, bfloat16 at 40; another
-    /// seed's apple is at 17.
-    const NEAR: f64 = 30.0;
+    /// In dB. Measured where the picture was not made: float32 is at 53, bfloat16
+    /// at 54; other seeds, whose apple is much the same, at 33.
+    const NEAR: f64 = 42.0;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).expect("the README");
     let command = "generate \"red apple\" --seed 5 -o red-apple.png";

@@ -33,8 +33,10 @@ impl Running {
             let start = said.len();
             assert_ne!(stderr.read_line(&mut said).expect("a line"), 0, "it ended: {said}");
             let line = &said[start..];
-            if let Some((_, rest)) = line.split_once("http://") {
-                break rest.split('/').next().expect("an address").to_owned();
+            // For people, or as the event of a JSON log.
+            if let Some((_, rest)) = line.split_once("http://").or_else(|| line.split_once("\"address\":\""))
+            {
+                break rest.split(['/', '"']).next().expect("an address").to_owned();
             }
         };
         (Self { child, address }, stderr)

@@ -112,9 +112,9 @@ proptest! {
         }
         let parsed = parse("prompt", &escaped).expect("text");
         let weighed = parse("prompt", &format!("({escaped}:1.5)")).expect("text");
-        prop_assert_eq!(text(&parsed), plain.clone());
+        prop_assert_eq!(&text(&parsed), &plain);
         prop_assert!(parsed.parts.len() <= 1 && parsed.loras.is_empty());
-        prop_assert_eq!(text(&weighed), plain.clone());
+        prop_assert_eq!(&text(&weighed), &plain);
         for part in &weighed.parts {
             let Part::Text { text, weight } = part else { panic!("no break was written") };
             prop_assert!(*weight == 1.5 || text.is_empty(), "{}", weight);

@@ -57,7 +57,7 @@ impl Added {
         listed: Option<Vec<(u32, AddedToken)>>,
         known: impl Fn(&str) -> bool,
     ) -> Result<Result<Self, Fault>, Error> {
-        let json = |file: &str| Ok::<_, Error>(files.optional_json(&format!("{folder}/{file}"))?);
+        let json = |file: &str| files.optional_json(&format!("{folder}/{file}"));
         if let Some(decoder) = config.get("added_tokens_decoder").and_then(Value::as_object) {
             let sources = Sources { config, map: &Value::Null, known: &known };
             let tokens = decoded(decoder).map_err(|why| (CONFIG, why));

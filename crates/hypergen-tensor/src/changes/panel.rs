@@ -12,7 +12,7 @@ use super::{Change, Delta, Lengths, Magnitude, Module, Product};
 /// Adds all changes to rows of a panel, to all of them where one takes the loaded weights.
 pub(super) fn change(cpu: &Cpu, parts: &[InPanel<'_>], rows: &Range<usize>, panel: &mut [f32]) {
     // Each change is of the loaded weights, whatever others have made of them.
-    let loaded = parts.iter().any(|p| p.part.takes_loaded()).then(|| panel.to_vec()).unwrap_or_default();
+    let loaded = if parts.iter().any(|p| p.part.takes_loaded()) { panel.to_vec() } else { vec![] };
     for part in parts {
         let Some(magnitude) = &part.part.change.magnitude else {
             part.add(cpu, rows, &loaded, panel);

@@ -82,9 +82,9 @@ impl Generator for Fake {
 }
 
 fn args(flags: &[&str]) -> GenerateArgs {
-    let matches = arguments::command()
-        .try_get_matches_from(["hypergen", "generate", "red apple"].iter().chain(flags))
-        .expect("flags");
+    let arguments: Vec<_> =
+        ["hypergen", "generate", "red apple"].iter().chain(flags).map(Into::into).collect();
+    let matches = arguments::matches(&arguments::command(), &arguments).expect("flags");
     let cli = Cli::from_arg_matches(&matches).expect("flags");
     let Command::Generate(args) = cli.command else { panic!("generate") };
     *args
