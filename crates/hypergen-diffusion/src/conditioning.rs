@@ -100,7 +100,10 @@ impl PromptReader {
         let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
         match chunks.iter().any(|c| c.len() != chunks[0].len()) {
             // It takes two tokenizers of different vocabularies.
-            true => Err(Error::new(ErrorKind::Model, "the tokenizers disagree about the chunks of a prompt")),
+            true => Err(Error::new(
+                ErrorKind::Model,
+                "the model's two tokenizers cut the prompt into different numbers of chunks: the files of both tokenizers have to be those of one model",
+            )),
             false => Ok(chunks),
         }
     }
@@ -137,7 +140,7 @@ impl TextConditioner {
         let lengths: Vec<usize> = self.parts.iter().map(|p| p.tokenizer.length()).collect();
         if lengths.iter().any(|&l| l != lengths[0]) {
             return wrong(format!(
-                "the tokenizers disagree about the length of a prompt: {lengths:?} tokens"
+                "the tokenizers have 'model_max_length' {lengths:?}, which has to be the same: their files have to be those of one model"
             ));
         }
         if let Some(level) = unet.levels.iter().find(|l| l.context != self.width()) {

@@ -85,7 +85,7 @@ impl ModelFiles {
             Ok(m) if !m.is_file() => return Err(model_error(format!("{} is not a file", path.display()))),
             Ok(m) if m.len() > MAX_TEXT => {
                 return Err(model_error(format!(
-                    "{} has {} bytes; that is no configuration",
+                    "{} has {} bytes, and no configuration has more than {MAX_TEXT}; is it another file under this name?",
                     path.display(),
                     m.len()
                 )));

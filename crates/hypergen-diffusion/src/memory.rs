@@ -58,7 +58,7 @@ pub(crate) fn check_lora(needed: usize) -> Result<(), Error> {
         Some(free) if needed as u64 > free => Err(Error::new(
             ErrorKind::OutOfMemory,
             format!(
-                "out of memory: the weights with this LoRA take {:.1} GB and {:.1} GB are free",
+                "out of memory: the weights with this LoRA take {:.1} GB and {:.1} GB are free; free some memory, or load the model in bfloat16",
                 needed as f64 / 1e9,
                 free as f64 / 1e9
             ),

@@ -109,10 +109,10 @@ fn culprit<T: DeserializeOwned>(json: &Value) -> Option<(&String, &Value, serde_
 /// Checks that a size of a network is neither zero nor absurd, before
 /// anything is multiplied with it.
 pub(crate) fn sane(field: &str, value: usize) -> Result<usize, Error> {
-    if (1..=1 << 20).contains(&value) {
-        Ok(value)
-    } else {
-        Err(bad(format!("'{field}' is {value}, which no network has")))
+    const MOST: usize = 1 << 20;
+    match value {
+        1..=MOST => Ok(value),
+        _ => Err(bad(format!("'{field}' is {value}, which no network has: 1 to {MOST} can be"))),
     }
 }
 

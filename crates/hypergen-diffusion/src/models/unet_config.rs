@@ -215,7 +215,11 @@ impl UNetConfig {
                 Some("UNetMidBlock2DCrossAttn") => MidBlock::CrossAttention,
                 Some("UNetMidBlock2D") => MidBlock::Plain,
                 None => MidBlock::None,
-                Some(other) => return Err(bad(format!("'mid_block_type' {other} is not supported"))),
+                Some(other) => {
+                    return Err(bad(format!(
+                        "'mid_block_type' {other} is not supported; UNetMidBlock2DCrossAttn, UNetMidBlock2D and null are"
+                    )));
+                }
             },
             mid_scale_factor: factor("mid_block_scale_factor", raw.mid_block_scale_factor)?,
             groups: raw.norm_num_groups,
@@ -235,7 +239,7 @@ const MAX_BLOCKS: usize = 256;
 
 fn blocks(field: &str, count: usize) -> Result<usize, Error> {
     if count > MAX_BLOCKS {
-        return Err(bad(format!("'{field}' is {count}, which no network has")));
+        return Err(bad(format!("'{field}' is {count}, which no network has: at most {MAX_BLOCKS} can be")));
     }
     Ok(count)
 }
@@ -273,13 +277,13 @@ fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
             let attention_down = match plain(&raw.down_block_types[i]) {
                 "CrossAttnDownBlock2D" => true,
                 "DownBlock2D" => false,
-                other => return Err(bad(format!("'down_block_types' has {other}, which is not supported"))),
+                other => return Err(bad(format!("'down_block_types' has {other}, which is not supported; CrossAttnDownBlock2D and DownBlock2D are"))),
             };
             // The up blocks are listed from the coarsest level to the finest.
             let attention_up = match plain(&raw.up_block_types[count - 1 - i]) {
                 "CrossAttnUpBlock2D" => true,
                 "UpBlock2D" => false,
-                other => return Err(bad(format!("'up_block_types' has {other}, which is not supported"))),
+                other => return Err(bad(format!("'up_block_types' has {other}, which is not supported; CrossAttnUpBlock2D and UpBlock2D are"))),
             };
             if attention_down || attention_up || i + 1 == count {
                 divides("attention_head_dim", heads[i], channels)?;

@@ -117,9 +117,12 @@ impl VaeConfig {
             return Err(bad(format!("'out_channels' is {}, but a picture has 3", c.out_channels)));
         }
         factor("scaling_factor", c.scaling_factor)?;
-        for list in [&c.latents_mean, &c.latents_std].into_iter().flatten() {
-            if list.len() != c.latent_channels {
-                return Err(bad("'latents_mean' and 'latents_std' need a number for each latent channel"));
+        for (field, list) in [("latents_mean", &c.latents_mean), ("latents_std", &c.latents_std)] {
+            if let Some(list) = list
+                && list.len() != c.latent_channels
+            {
+                let (found, wanted) = (list.len(), c.latent_channels);
+                return Err(bad(format!("'{field}' holds {found} numbers for {wanted} latent channels")));
             }
         }
         Ok(c)

@@ -212,7 +212,10 @@ impl Parser<'_> {
         {
             let Ok(weight) = number.parse::<f64>() else {
                 let found = echo(&self.text[open.at..at + end]);
-                return Err(wrong(self.param, format!("'{number}' in '{found}' is no number, so no weight")));
+                return Err(wrong(
+                    self.param,
+                    format!("'{number}' in '{found}' is no number, so no weight; write it as in (word:1.2)"),
+                ));
             };
             self.weigh(open.first, weight);
             return Ok(at + end);
@@ -309,7 +312,13 @@ fn merge(param: &'static str, parts: Vec<Part>) -> Result<Vec<Part>, ParameterEr
                 text.push_str(&more);
             }
             (_, Part::Text { text, weight }) if !(weight as f32).is_finite() => {
-                return Err(wrong(param, format!("the weight of '{}' is too large", echo(&text))));
+                return Err(wrong(
+                    param,
+                    format!(
+                        "the weight of '{}' is too large: give smaller numbers, as in (word:1.2)",
+                        echo(&text)
+                    ),
+                ));
             }
             (_, part) => merged.push(part),
         }

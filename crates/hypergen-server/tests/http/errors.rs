@@ -89,11 +89,7 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
              when all is drawn",
         ),
         ("stream", json!("true"), "stream must be true or false, but is the string \"true\""),
-        (
-            "partial_images",
-            json!(4),
-            "partial_images must be between 0 and 3, but is 4",
-        ),
+        ("partial_images", json!(4), "partial_images must be between 0 and 3, but is 4"),
         (
             "size",
             json!("0x512"),
