@@ -10,6 +10,7 @@ mod fixture;
 mod formula;
 mod lora;
 mod lora_files;
+mod lora_formats;
 mod lora_malformed;
 mod networks;
 mod pipelines;
