@@ -80,6 +80,11 @@ def projections(name: str) -> bool:
     return attention(name) and name.endswith(ATTENTION[:4])
 
 
+def one_place(name: str) -> bool:
+    """For formats that differ from others in their names alone."""
+    return projections(name) and name.startswith(PLACES[0])
+
+
 def convolutions(name: str) -> bool:
     ends = ("conv1", "conv2", "time_emb_proj", "conv_shortcut", "conv")
     places = ("down_blocks.0.", "down_blocks.1.", "up_blocks.1.", "mid_block.resnets.0.")
@@ -224,9 +229,13 @@ def diffusers_peft(pipe) -> File:
 
 def peft_lora(pipe, **extra) -> File:
     file = File(config=dict(peft_type="LORA", r=4, lora_alpha=6, rank_pattern={"to_k": 2}, alpha_pattern={"attn2.to_k": 3, "to_v": 8}, **extra))
-    for name, layer in modules(pipe, "unet", attention).items():
+    # PEFT takes a bias of the left factor only where the layer has one.
+    biased = lambda n: attention(n) and n.endswith(ATTENTION[3:])
+    for name, layer in modules(pipe, "unet", biased if extra.get("lora_bias") else attention).items():
         base = f"base_model.model.{name}"
         pair(file, layer, f"{base}.lora_A.weight", f"{base}.lora_B.weight", 2 if name.endswith("to_k") else 4)
+        if extra.get("lora_bias"):
+            file.put(f"{base}.lora_B.bias", [layer.weight.shape[0]], 0.3)
         if extra.get("use_dora"):
             conv = layer.weight.dim() == 4
             out = layer.weight.shape[0]
@@ -319,7 +328,7 @@ def dotted(pipe, style: str) -> File:
         },
     }[style]
     for part in parts_of(pipe):
-        for name, layer in modules(pipe, part, projections if part == "unet" else layer_0).items():
+        for name, layer in modules(pipe, part, one_place if part == "unet" else text_attention).items():
             if part == "unet" and style == "comfy":
                 name = original(name, pipe.unet.config.layers_per_block)
             elif part != "unet":
@@ -332,7 +341,7 @@ def dotted(pipe, style: str) -> File:
 
 def dora_convolutions(pipe, axis: str) -> File:
     file = File()
-    wanted = lambda n: convolutions(n) and n.endswith(("conv1", "conv2", "conv_in", "conv_shortcut"))
+    wanted = lambda n: convolutions(n) and n.endswith(("conv1", "conv_in", "conv_shortcut"))
     for name, layer in modules(pipe, "unet", wanted).items():
         base = kohya_name(pipe, "unet", name)
         pair(file, layer, base + ".lora_down.weight", base + ".lora_up.weight", 3)
@@ -346,7 +355,9 @@ def dora_convolutions(pipe, axis: str) -> File:
 def differences(pipe) -> File:
     """What LyCORIS's `full` and `train_norm` write: differences of weights and biases, and of normalisations."""
     file = File()
-    wanted = lambda n: projections(n) or n.endswith(("proj_in", "ff.net.0.proj")) or (convolutions(n) and n.endswith(("conv1", "conv_in", "time_emb_proj")))
+    block = lambda n: n.startswith(("down_blocks.1.", "conv_norm_out")) and "transformer_blocks.1" not in n
+    ends = ("to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "time_emb_proj")
+    wanted = lambda n: n == "conv_in" or (block(n) and n.endswith(ends))
     for part in parts_of(pipe):
         for i, (name, layer) in enumerate(modules(pipe, part, wanted if part == "unet" else layer_0).items()):
             base = kohya_name(pipe, part, name)
@@ -356,7 +367,7 @@ def differences(pipe) -> File:
             if layer.bias is not None:
                 file.put(base + ".diff_b", list(layer.bias.shape), 0.3)
         # kohya's script to extract differences writes `.diff` for normalisations too.
-        for i, (name, layer) in enumerate(norms(pipe, part, lambda n: True).items()):
+        for i, (name, layer) in enumerate(norms(pipe, part, block if part == "unet" else lambda n: "layers.1" not in n).items()):
             base, ends = kohya_name(pipe, part, name), (".diff", ".diff_b") if i % 4 == 3 else (".w_norm", ".b_norm")
             file.put(base + ends[0], list(layer.weight.shape), 0.3)
             if i % 3:
@@ -367,7 +378,8 @@ def differences(pipe) -> File:
 def glora(pipe, first: bool) -> File:
     """GLoRA, in the order of factors of LyCORIS's first version (matrices alone) or of today's."""
     file = File()
-    wanted = lambda n: projections(n) or (not first and convolutions(n) and n.endswith(("conv1", "conv2", "conv_shortcut")))
+    place = lambda n: n.startswith("down_blocks.1.")
+    wanted = lambda n: place(n) and (projections(n) or (not first and convolutions(n) and n.endswith(("conv1", "conv_shortcut"))))
     for name, layer in modules(pipe, "unet", wanted).items():
         base, rank = kohya_name(pipe, "unet", name), 3
         out, inputs, *taps = layer.weight.shape
@@ -389,7 +401,7 @@ WORD, VECTORS = "foxxy", 3
 
 def bundle(pipe) -> File:
     """A kohya file with an embedding: three vectors for a word of the prompt, under the name that each family has for them."""
-    file = kohya(pipe, unet=projections, text=text_attention)
+    file = kohya(pipe, unet=one_place, text=text_attention)
     names = {"text_encoder": "string_to_param.*"}
     if len(parts_of(pipe)) == 3:
         names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -576,17 +588,13 @@ BUILDERS = {
 }
 # SDXL where its names or its shapes make a difference.
 XL = ("kohya", "locon", "diffusers", "diffusers_peft", "peft", "dora", "loha", "lokr", "differences", "onetrainer", "comfy", "bundle")
-# Formats that came later are drawn at fewer scales: names and sums know no scale, lengths do.
-LATER = {"peft_bias": [0.3, 1.0], "glora": [0.5, 1.0], "glora_first": [1.0], "onetrainer": [1.0], "comfy": [1.0], "bundle": [0.3, 1.0], "differences": [0.3, 1.0]}
-LENGTHS = ("dora", "dora_inputs", "dora_conv", "dora_conv_inputs", "peft_dora")
+# Where a scale makes no other difference than it does elsewhere, one picture is enough.
+FEW = {"peft_bias": [0.3], "glora": [0.5], "glora_first": [1.0], "onetrainer": [1.0], "comfy": [1.0], "bundle": [0.3], "differences": [0.3]}
 # As good as nothing, where lengths are scaled with the rest: the picture without is then the right one.
 TINY = 0.001
-
-
-def scales_of(name: str) -> list[float]:
-    if name.startswith("dora_conv"):
-        return [TINY, 0.5, 1.0]
-    return LATER.get(name, SCALES + ([TINY, 0.5] if name in LENGTHS else []))
+# Lengths are what a scale is most easily forgotten with.
+FEW |= {"dora_conv": [TINY, 0.5], "dora_conv_inputs": [TINY, 0.5]}
+MORE = {"dora": [TINY, 0.5], "dora_inputs": [TINY, 0.5], "peft_dora": [0.5]}
 
 
 def fresh(checkpoint: str):
@@ -637,7 +645,7 @@ def make(scratch: Path) -> None:
             files[key] = {k: v for k, v in vars(file).items() if v}
             stem = "adapter_model" if file.config else name
             paths[key] = file.write(scratch / key / f"{stem}.safetensors", key)
-            for scale in scales_of(name):
+            for scale in FEW.get(name, SCALES + MORE.get(name, [])):
                 cases[f"{key}_{scale}"] = (checkpoint, reference, [(key, scale)])
         first = [(f"{checkpoint}_kohya", 0.7), (f"{checkpoint}_diffusers_peft", 0.5)]
         cases[f"{checkpoint}_two"] = (checkpoint, "diffusers", first)

@@ -12,6 +12,7 @@ mod fixture;
 mod formula;
 mod lora;
 mod lora_files;
+mod lora_formats;
 mod lora_malformed;
 mod lora_settings;
 mod mistaken;
