@@ -139,8 +139,8 @@ fn fitting() -> Vec<(&'static str, Shapes)> {
             conv(&[
                 ("a1.weight", &[64, 2, 1, 1]),
                 ("a2.weight", &[2, 64, 1, 1]),
-                ("b1.weight", &[64, 3, 1, 1]),
-                ("b2.weight", &[3, 64, 3, 3]),
+                ("b1.weight", &[64, 2, 1, 1]),
+                ("b2.weight", &[2, 64, 3, 3]),
             ]),
         ),
         (

@@ -55,7 +55,14 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         ("negative_prompt", json!({}), "negative_prompt must be a string, but is an object"),
         ("num_inference_steps", json!(0), "num_inference_steps must be between 1 and 150, but is 0"),
         ("num_inference_steps", json!(151), "num_inference_steps must be between 1 and 150, but is 151"),
-        ("guidance_scale", json!(0.5), "guidance_scale must be between 1 and 20, but is 0.5"),
+        (
+            "guidance_scale",
+            json!(0.5),
+            "guidance_scale must be between 1 and 20, but is 0.5; this model was recognised as Fake Diffusion. A \
+             distilled one (Turbo, Lightning, LCM), which draws without guidance, is recognised by its file's name \
+             (xl_turbo, xl_lightning, sd_turbo), by its scheduler_config.json, or by --family (HYPERGEN_FAMILY), such \
+             as --family sdxl-turbo",
+        ),
         ("guidance_scale", json!(20.5), "guidance_scale must be between 1 and 20, but is 20.5"),
         (
             "guidance_scale",

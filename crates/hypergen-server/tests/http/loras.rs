@@ -211,7 +211,7 @@ async fn a_server_with_a_real_model_serves_on() {
         &file("nan.safetensors"),
         &[
             ("unet.conv_in.lora_A.weight", &[1, 4, 3, 3], f32::NAN),
-            ("unet.conv_in.lora_B.weight", &[8, 1, 1, 1], 1.0),
+            ("unet.conv_in.lora_B.weight", &[64, 1, 1, 1], 1.0),
         ],
     );
     write(&file("half.safetensors"), &[("unet.conv_in.lora_A.weight", &[1, 4, 3, 3], 0.5)]);
