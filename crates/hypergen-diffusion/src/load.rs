@@ -279,7 +279,7 @@ fn predicts_noise(unet: &UNet, device: &Device, dtype: DType) -> bool {
 /// What the UNet's file says, or else the family.
 fn native_size(family: &Family, unet: &UNetConfig, vae: &VaeConfig) -> Result<Size, ParameterError> {
     let [height, width] = match unet.sample_size {
-        Some(sides) => sides.map(|side| side.checked_mul(vae.factor()).unwrap_or(usize::MAX)),
+        Some(sides) => sides.map(|side| side.saturating_mul(vae.factor())),
         None => [family.native_side; 2],
     };
     Size::new(width, height)

@@ -324,7 +324,7 @@ pub(crate) fn folder(path: &Path) -> String {
     for (name, is_folder) in &entries {
         match is_folder {
             true => {
-                files.extend(names(&path.join(name)).into_iter().map(|(inner, _)| format!("{name}/{inner}")))
+                files.extend(names(&path.join(name)).into_iter().map(|(inner, _)| format!("{name}/{inner}")));
             }
             false => files.push(name.clone()),
         }

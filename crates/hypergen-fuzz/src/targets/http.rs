@@ -121,7 +121,7 @@ fn check(method: &Method, status: StatusCode, body: &[u8]) {
     let json = json();
     let message = json["detail"].as_str().unwrap_or_else(|| panic!("no detail in {text}"));
     assert_eq!(json["error"]["message"].as_str(), Some(message), "{text}");
-    check_message(&message, &[]);
+    check_message(message, &[]);
     // A request can ask for two failures: a LoRA that cannot be had, and a way of
     // sending that nobody knows.
     let of_lora = json["error"]["param"] == hypergen_diffusion::lora::PARAM;

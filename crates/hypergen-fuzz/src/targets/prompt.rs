@@ -46,7 +46,7 @@ pub(crate) fn read(data: &[u8]) -> u64 {
 
 /// A prompt may hold line ends, and messages repeat some of it.
 fn check(message: &str) {
-    check_message(&message, &[PARAM]);
+    check_message(message, &[PARAM]);
 }
 
 fn is_framed(ids: &[u32]) {

@@ -150,6 +150,8 @@ fn e4m3(bits: u8) -> f32 {
 }
 
 #[cfg(test)]
+// Groups are sign, exponent and mantissa.
+#[allow(clippy::unusual_byte_groupings)]
 mod tests {
     use super::*;
 

@@ -7,21 +7,8 @@ use proptest::prelude::*;
 
 use super::super::names::{bundled, place, split};
 use super::*;
+use crate::models::goldens::checkpoint::{Checkpoint, Layout};
 use crate::{DTypeChoice, LoadOptions};
-
-// What the tests outside of the crate use to write checkpoints; not all of it
-// is needed here.
-#[allow(dead_code)]
-#[path = "../../../tests/goldens/checkpoint.rs"]
-mod checkpoint;
-#[allow(dead_code)]
-#[path = "../../../tests/goldens/fixture.rs"]
-mod fixture;
-#[allow(dead_code)]
-#[path = "../../../tests/goldens/formula.rs"]
-mod formula;
-
-use checkpoint::{Checkpoint, Layout};
 
 /// Hands over what can be changed in a tiny checkpoint.
 fn with_targets(name: &str, check: impl FnOnce(&Targets)) {
