@@ -57,7 +57,9 @@ def test_the_longest_prompt_is_read_at_once(roomy, syntax):
         prompt = piece * (LONGEST // len(piece))
         for name in ("prompt", "negative_prompt"):
             body = {"prompt": "x", "prompt_syntax": syntax, name: prompt}
-            taken = seconds(roomy, {200, 400}, **body) - drawing
+            # A LoRA that cannot be read is a 500, and this server has none.
+            names_a_lora = syntax == "a1111" and piece == "<lora:a:1>" and name == "prompt"
+            taken = seconds(roomy, {500} if names_a_lora else {200, 400}, **body) - drawing
             if taken > QUICK:
                 slow[piece, name] = taken
     assert not slow
