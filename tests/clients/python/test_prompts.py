@@ -8,6 +8,8 @@ from hypergen import serving
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n", "\0", "é", "\u0301", "\u200d", "日", "🦊", "\u2028"]
 PIECES = ["<lora:", "(a:", "[a:", "\\(", "BREAK ", "AND", "(:1)", "a,", "<|endoftext|>", "))((", "1.", "<lora:a:1>"]
+# The kinds of them that are drawn, which takes a hundred times as long as refusing.
+DRAWN = ["x", " ", ",", "(", ")", "[", "\\", "\0", "é", "🦊", "<lora:", "(a:", "[a:", "BREAK ", "))((", "<lora:a:1>"]
 SYNTAXES = ["plain", "a1111"]
 LONGEST = 32_000
 MIB = 1 << 20
@@ -23,10 +25,10 @@ def roomy():
         yield running
 
 
-def seconds(server, status, **body):
-    """The time to an answer with one of these statuses; the shortest where the first tries are slow."""
+def seconds(server, status, enough=QUICK, **body):
+    """The time to an answer with one of these statuses; the shortest where the first tries take more than is enough."""
     times = [float("inf")]
-    while min(times) > QUICK and len(times) <= TRIES:
+    while min(times) > enough and len(times) <= TRIES:
         start = time.monotonic()
         answer = server.post(size="auto", num_inference_steps=1, response_format="b64_json", **body)
         times.append(time.monotonic() - start)
@@ -51,15 +53,16 @@ def test_a_mebibyte_of_anything_is_refused_at_once(roomy, syntax):
 @pytest.mark.parametrize("syntax", SYNTAXES)
 def test_the_longest_prompt_is_read_at_once(roomy, syntax):
     # What drawing takes is no part of it.
-    drawing = seconds(roomy, {200}, prompt="x", prompt_syntax=syntax)
+    drawing = seconds(roomy, {200}, enough=0, prompt="x", prompt_syntax=syntax)
     slow = {}
-    for piece in CHARACTERS + PIECES:
+    for piece in DRAWN:
         prompt = piece * (LONGEST // len(piece))
         for name in ("prompt", "negative_prompt"):
             body = {"prompt": "x", "prompt_syntax": syntax, name: prompt}
             # A LoRA that cannot be read is a 500, and this server has none.
             names_a_lora = syntax == "a1111" and piece == "<lora:a:1>" and name == "prompt"
-            taken = seconds(roomy, {500} if names_a_lora else {200, 400}, **body) - drawing
+            status = {500} if names_a_lora else {200, 400}
+            taken = seconds(roomy, status, enough=drawing + QUICK, **body) - drawing
             if taken > QUICK:
                 slow[piece, name] = taken
     assert not slow
