@@ -5,11 +5,12 @@ A file's tensors are a formula of their names (`center + spread * uniform`), so 
 * `diffusers`: the pipeline's own `load_lora_weights` and `set_adapters`. Loading an adapter into a text encoder sets its base weights anew
   (transformers 5 takes them for missing), so they are put back before anything is drawn;
 * `peft`: PEFT's own layers injected into the networks, for what diffusers does not read (LoHa, LoKr, a bare PEFT file);
-* `hand`: weights merged by the definition, for what neither reads (LyCORIS's taps apart, DoRA over inputs, the oldest names).
+* `hand`: weights merged by the definition, for what neither reads (LyCORIS's taps apart, `dora_scale`, GLoRA, differences, the oldest names and ComfyUI's).
 """
 
 import json
 import math
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,12 @@ def modules(pipe, part: str, wanted) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in layers if isinstance(m, kinds) and wanted(n)}
 
 
+def norms(pipe, part: str, wanted) -> dict[str, torch.nn.Module]:
+    """Normalisations of a part by name, in the same way."""
+    kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm)
+    return {n: m for n, m in getattr(pipe, part).named_modules() if isinstance(m, kinds) and wanted(n)}
+
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 # One transformer on the way down, one in the middle and one on the way up.
@@ -71,6 +78,11 @@ def attention(name: str) -> bool:
 
 def projections(name: str) -> bool:
     return attention(name) and name.endswith(ATTENTION[:4])
+
+
+def one_place(name: str) -> bool:
+    """For formats that differ from others in their names alone."""
+    return projections(name) and name.startswith(PLACES[0])
 
 
 def convolutions(name: str) -> bool:
@@ -94,12 +106,14 @@ def original(name: str, layers: int) -> str:
     whole = {
         "conv_in": "input_blocks.0.0",
         "conv_out": "out.2",
+        "conv_norm_out": "out.0",
         "time_embedding.linear_1": "time_embed.0",
         "add_embedding.linear_2": "label_emb.0.2",
     }
     if name in whole:
         return whole[name]
     inner = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+    inner |= {"norm1": "in_layers.0", "norm2": "out_layers.0"}
     parts = name.split(".")
     if parts[0] == "mid_block":
         block, rest = f"middle_block.{1 if parts[1] == 'attentions' else 2 * int(parts[2])}", parts[3:]
@@ -215,9 +229,13 @@ def diffusers_peft(pipe) -> File:
 
 def peft_lora(pipe, **extra) -> File:
     file = File(config=dict(peft_type="LORA", r=4, lora_alpha=6, rank_pattern={"to_k": 2}, alpha_pattern={"attn2.to_k": 3, "to_v": 8}, **extra))
-    for name, layer in modules(pipe, "unet", attention).items():
+    # PEFT takes a bias of the left factor only where the layer has one.
+    biased = lambda n: attention(n) and n.endswith(ATTENTION[3:])
+    for name, layer in modules(pipe, "unet", biased if extra.get("lora_bias") else attention).items():
         base = f"base_model.model.{name}"
         pair(file, layer, f"{base}.lora_A.weight", f"{base}.lora_B.weight", 2 if name.endswith("to_k") else 4)
+        if extra.get("lora_bias"):
+            file.put(f"{base}.lora_B.bias", [layer.weight.shape[0]], 0.3)
         if extra.get("use_dora"):
             conv = layer.weight.dim() == 4
             out = layer.weight.shape[0]
@@ -298,6 +316,101 @@ def lycoris(pipe, kind: str) -> File:
     return file
 
 
+def dotted(pipe, style: str) -> File:
+    """Dots instead of underscores: OneTrainer's names, or those of the original code and ComfyUI's text encoders."""
+    file = File()
+    parts = {
+        "onetrainer": {"unet": "lora_unet.", "text_encoder": "lora_te1.", "text_encoder_2": "lora_te2."},
+        "comfy": {
+            "unet": "diffusion_model.",
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.clip_g.transformer.",
+        },
+    }[style]
+    for part in parts_of(pipe):
+        for name, layer in modules(pipe, part, one_place if part == "unet" else text_attention).items():
+            if part == "unet" and style == "comfy":
+                name = original(name, pipe.unet.config.layers_per_block)
+            elif part != "unet":
+                name = "text_model." + name.removeprefix("text_model.")
+            base = parts[part] + name
+            pair(file, layer, base + ".lora_down.weight", base + ".lora_up.weight", 3)
+            file.put(base + ".alpha", [], 0.0, 2.0)
+    return file
+
+
+def dora_convolutions(pipe, axis: str) -> File:
+    file = File()
+    wanted = lambda n: convolutions(n) and n.endswith(("conv1", "conv_in", "conv_shortcut"))
+    for name, layer in modules(pipe, "unet", wanted).items():
+        base = kohya_name(pipe, "unet", name)
+        pair(file, layer, base + ".lora_down.weight", base + ".lora_up.weight", 3)
+        file.put(base + ".alpha", [], 0.0, 2.0)
+        out, inputs = layer.weight.shape[:2]
+        shape = [out, 1, 1, 1] if axis == "outputs" else [1, inputs, 1, 1]
+        file.put(base + ".dora_scale", shape, 0.25, 1.1)
+    return file
+
+
+def differences(pipe) -> File:
+    """What LyCORIS's `full` and `train_norm` write: differences of weights and biases, and of normalisations."""
+    file = File()
+    block = lambda n: n.startswith(("down_blocks.1.", "conv_norm_out")) and "transformer_blocks.1" not in n
+    ends = ("to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "time_emb_proj")
+    wanted = lambda n: n == "conv_in" or (block(n) and n.endswith(ends))
+    for part in parts_of(pipe):
+        for i, (name, layer) in enumerate(modules(pipe, part, wanted if part == "unet" else layer_0).items()):
+            base = kohya_name(pipe, part, name)
+            # Some change their bias alone.
+            if layer.bias is None or i % 5 != 1:
+                file.put(base + ".diff", list(layer.weight.shape), spread_of(layer.weight.shape) * 0.4)
+            if layer.bias is not None:
+                file.put(base + ".diff_b", list(layer.bias.shape), 0.3)
+        # kohya's script to extract differences writes `.diff` for normalisations too.
+        for i, (name, layer) in enumerate(norms(pipe, part, block if part == "unet" else lambda n: "layers.1" not in n).items()):
+            base, ends = kohya_name(pipe, part, name), (".diff", ".diff_b") if i % 4 == 3 else (".w_norm", ".b_norm")
+            file.put(base + ends[0], list(layer.weight.shape), 0.3)
+            if i % 3:
+                file.put(base + ends[1], list(layer.bias.shape), 0.2)
+    return file
+
+
+def glora(pipe, first: bool) -> File:
+    """GLoRA, in the order of factors of LyCORIS's first version (matrices alone) or of today's."""
+    file = File()
+    place = lambda n: n.startswith("down_blocks.1.")
+    wanted = lambda n: place(n) and (projections(n) or (not first and convolutions(n) and n.endswith(("conv1", "conv_shortcut"))))
+    for name, layer in modules(pipe, "unet", wanted).items():
+        base, rank = kohya_name(pipe, "unet", name), 3
+        out, inputs, *taps = layer.weight.shape
+        ones = [1] * len(taps)
+        left, right = lambda n: [n, rank, *ones], [rank, inputs, *ones]
+        kernel = [rank, inputs, *taps]
+        shapes = {"a2": left(inputs), "a1": right, "b2": left(out), "b1": kernel}
+        if not first:
+            shapes = {"a1": left(inputs), "a2": right, "b1": left(out), "b2": kernel}
+        for factor, shape in shapes.items():
+            gain = 0.5 if shape[0] != rank or factor.startswith("a") else 1.0
+            file.put(f"{base}.{factor}.weight", shape, spread_of(shape) * gain)
+        file.put(base + ".alpha", [], 0.0, 2.0)
+    return file
+
+
+WORD, VECTORS = "foxxy", 3
+
+
+def bundle(pipe) -> File:
+    """A kohya file with an embedding: three vectors for a word of the prompt, under the name that each family has for them."""
+    file = kohya(pipe, unet=one_place, text=text_attention)
+    names = {"text_encoder": "string_to_param.*"}
+    if len(parts_of(pipe)) == 3:
+        names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    for part, name in names.items():
+        table = getattr(pipe, part).get_input_embeddings().weight
+        file.put(f"bundle_emb.{WORD}.{name}", [VECTORS, table.shape[1]], 3 * float(table.detach().std()))
+    return file
+
+
 # --- references ---------------------------------------------------------------------------------------------------------------
 
 
@@ -332,46 +445,88 @@ def by_peft(pipe, files: list[tuple[Path, float]], dtype) -> None:
 
 def by_hand(pipe, files: list[tuple[Path, float]], dtype) -> None:
     pipe.to(dtype)
+    layers = {}
+    for part in parts_of(pipe):
+        for name, layer in (modules(pipe, part, lambda _: True) | norms(pipe, part, lambda _: True)).items():
+            layers |= {alias: layer for alias in aliases(pipe, part, name)}
     for path, scale in files:
         state = {k: v.to(torch.float64) for k, v in load_file(path).items()}
-        layers = {}
-        for part in parts_of(pipe):
-            for name, layer in modules(pipe, part, lambda _: True).items():
-                if part == "unet":
-                    try:
-                        layers[kohya_name(pipe, part, name)] = layer
-                    except (KeyError, ValueError, IndexError):
-                        pass
-                    outer, last = name.removesuffix(".0").rsplit(".", 1) if "." in name else (name, "")
-                    layers[f"{outer}.processor.{last}_lora"] = layer
-                else:
-                    layers[kohya_name(pipe, part, name)] = layer
+        add_words(pipe, {k: state.pop(k) for k in list(state) if k.startswith("bundle_emb.")})
         grouped: dict[str, dict] = {}
         for key, value in state.items():
-            ends = (".down.weight", ".up.weight") if "processor" in key else None
-            base, role = (key.removesuffix(".weight").rsplit(".", 1)) if ends else key.split(".", 1)
+            base, role = re.fullmatch(ROLE, key).groups()
             grouped.setdefault(base, {})[role] = value
         for base, t in grouped.items():
             layer = layers[base]
+            bias = t.get("diff_b", t.get("b_norm"))
+            if bias is not None:
+                layer.bias.data = (layer.bias.data.to(torch.float64) + scale * bias).to(dtype)
+            if set(t) <= {"diff_b", "b_norm"}:
+                continue
             weight = layer.weight.data.to(torch.float64)
             alpha = t["alpha"].item() if "alpha" in t else None
-            delta, rank = change(t, weight.shape)
-            delta = delta.reshape(weight.shape) * scale * (alpha / rank if alpha is not None and rank else 1.0)
+            delta, rank = change(t, weight)
+            delta = delta.reshape(weight.shape) * (alpha / rank if alpha is not None and rank else 1.0)
             if "dora_scale" in t:
                 wide = weight + delta
                 axis = 1 if t["dora_scale"].shape[0] == 1 else 0
                 norm = wide.transpose(0, axis).flatten(1).norm(dim=1).reshape(t["dora_scale"].shape)
                 lengths = (t["dora_scale"] / norm).reshape(norm.shape + (1,) * (wide.dim() - norm.dim()))
-                new = wide * lengths
-            else:
-                new = weight + delta
-            layer.weight.data = new.to(dtype)
+                delta = wide * lengths - weight
+            layer.weight.data = (weight + scale * delta).to(dtype)
 
 
-def change(t: dict, shape) -> tuple[torch.Tensor, int | None]:
+# A key's module and what the tensor is to it.
+ROLE = r"(.*?)\.((?:lora_)?(?:down|up|mid)\.weight|alpha|dora_scale|hada_\w+|lokr_\w+|[ab][12]\.weight|diff|diff_b|w_norm|b_norm)"
+
+
+def aliases(pipe, part: str, name: str) -> list[str]:
+    """Names under which files know a layer."""
+    if part != "unet":
+        plain = "text_model." + name.removeprefix("text_model.")
+        short, comfy = {"text_encoder": ("te1", "clip_l"), "text_encoder_2": ("te2", "clip_g")}[part]
+        return [kohya_name(pipe, part, name), f"lora_{short}.{plain}", f"text_encoders.{comfy}.transformer.{plain}"]
+    outer, last = name.removesuffix(".0").rsplit(".", 1) if "." in name else (name, "")
+    names = [f"lora_unet.{name}", f"{outer}.processor.{last}_lora"]
+    try:
+        names += [kohya_name(pipe, part, name), "diffusion_model." + original(name, pipe.unet.config.layers_per_block)]
+    except (KeyError, ValueError, IndexError):
+        pass
+    return names
+
+
+def add_words(pipe, vectors: dict[str, torch.Tensor]) -> None:
+    """New tokens for a word of the prompt, with these vectors, as textual inversions of several vectors have them."""
+    for key, values in vectors.items():
+        part = {"clip_g": "text_encoder_2"}.get(key.rsplit(".", 1)[1], "text_encoder")
+        tokenizer = getattr(pipe, part.replace("text_encoder", "tokenizer"))
+        table = getattr(pipe, part).get_input_embeddings()
+        first = len(tokenizer)
+        assert first == table.weight.shape[0]
+        tokenizer.add_tokens([f"{WORD}{i}" for i in range(len(values))])
+        table.weight.data = torch.cat([table.weight.data, values.to(table.weight.dtype)])
+
+
+def prompt_of(files: list[tuple[Path, float]]) -> tuple[str, str]:
+    """The prompt for these files, as people write it, and as the reference reads it."""
+    if any(k.startswith("bundle_emb.") for path, _ in files for k in load_file(path)):
+        tokens = " ".join(f"{WORD}{i}" for i in range(VECTORS))
+        return f"a red {WORD}, in the snow", f"a red {tokens}, in the snow"
+    return PROMPT, PROMPT
+
+
+def change(t: dict, weight: torch.Tensor) -> tuple[torch.Tensor, int | None]:
     """The change by its definition, and its rank."""
+    shape = weight.shape
     get = lambda *names: next((t[n] for n in names if n in t), None)
-    down, up = get("lora_down.weight", "down"), get("lora_up.weight", "up")
+    if (difference := get("diff", "w_norm")) is not None:
+        return difference, None
+    if "a1.weight" in t:
+        a1, a2, b1, b2 = (t[f"{f}.weight"].flatten(1) for f in ("a1", "a2", "b1", "b2"))
+        if a1.shape[0] < a1.shape[1]:
+            a1, a2, b1, b2 = a2, a1, b2, b1
+        return torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + (b1 @ b2).reshape(shape), a1.shape[1]
+    down, up = get("lora_down.weight", "down.weight"), get("lora_up.weight", "up.weight")
     if down is not None:
         rank = down.shape[0]
         if "lora_mid.weight" in t:
@@ -420,10 +575,26 @@ BUILDERS = {
     "loha": (lambda p: lycoris(p, "loha"), "hand"),
     "lokr": (lambda p: lycoris(p, "lokr"), "hand"),
     "peft_loha": (peft_loha, "peft"),
+    "peft_bias": (lambda p: peft_lora(p, lora_bias=True), "peft"),
+    "dora_conv": (lambda p: dora_convolutions(p, "outputs"), "hand"),
+    "dora_conv_inputs": (lambda p: dora_convolutions(p, "inputs"), "hand"),
+    "differences": (differences, "hand"),
+    "glora": (lambda p: glora(p, first=False), "hand"),
+    "glora_first": (lambda p: glora(p, first=True), "hand"),
+    "onetrainer": (lambda p: dotted(p, "onetrainer"), "hand"),
+    "comfy": (lambda p: dotted(p, "comfy"), "hand"),
+    "bundle": (bundle, "hand"),
     "peft_lokr": (peft_lokr, "peft"),
 }
 # SDXL where its names or its shapes make a difference.
-XL = ("kohya", "locon", "diffusers", "diffusers_peft", "peft", "dora", "loha", "lokr")
+XL = ("kohya", "locon", "diffusers", "diffusers_peft", "peft", "dora", "loha", "lokr", "differences", "onetrainer", "comfy", "bundle")
+# Where a scale makes no other difference than it does elsewhere, one picture is enough.
+FEW = {"peft_bias": [0.3], "glora": [0.5], "glora_first": [1.0], "onetrainer": [1.0], "comfy": [1.0], "bundle": [0.3], "differences": [0.3]}
+# As good as nothing, where lengths are scaled with the rest: the picture without is then the right one.
+TINY = 0.001
+# Lengths are what a scale is most easily forgotten with.
+FEW |= {"dora_conv": [TINY, 0.5], "dora_conv_inputs": [TINY, 0.5]}
+MORE = {"dora": [TINY, 0.5], "dora_inputs": [TINY, 0.5], "peft_dora": [0.5]}
 
 
 def fresh(checkpoint: str):
@@ -434,6 +605,7 @@ def fresh(checkpoint: str):
 
 def draw(checkpoint: str, reference: str, files: list[tuple[Path, float]], dtype) -> dict[str, np.ndarray]:
     pipe = fresh(checkpoint)
+    prompt = prompt_of(files)[1]
     if files:
         with torch.no_grad():
             REFERENCES[reference](pipe, files, dtype)
@@ -445,7 +617,7 @@ def draw(checkpoint: str, reference: str, files: list[tuple[Path, float]], dtype
     try:
         with torch.inference_mode():
             image = pipe(
-                PROMPT,
+                prompt,
                 negative_prompt=NEGATIVE,
                 width=SIZE,
                 height=SIZE,
@@ -473,7 +645,7 @@ def make(scratch: Path) -> None:
             files[key] = {k: v for k, v in vars(file).items() if v}
             stem = "adapter_model" if file.config else name
             paths[key] = file.write(scratch / key / f"{stem}.safetensors", key)
-            for scale in SCALES:
+            for scale in FEW.get(name, SCALES + MORE.get(name, [])):
                 cases[f"{key}_{scale}"] = (checkpoint, reference, [(key, scale)])
         first = [(f"{checkpoint}_kohya", 0.7), (f"{checkpoint}_diffusers_peft", 0.5)]
         cases[f"{checkpoint}_two"] = (checkpoint, "diffusers", first)
@@ -486,9 +658,12 @@ def make(scratch: Path) -> None:
         effect = psnr(single["floats"], plain[checkpoint]["floats"])
         print(f"{name}: float64 {stable:.1f} dB, without {effect:.1f} dB, std {single['floats'].std():.2f}", flush=True)
         assert stable >= STABLE, name
-        assert effect < 35, f"{name}: nearly the picture without"
+        tiny = all(scale == TINY for _, scale in used) and "peft" not in name
+        assert tiny or effect < 45, f"{name}: nearly the picture without"
         assert single["floats"].std() > 0.05, name
         rows[name] = {"checkpoint": checkpoint, "loras": used}
+        if (prompt := prompt_of(given)[0]) != PROMPT:
+            rows[name]["prompt"] = prompt
         tensors[name] = single["picture"]
         lowest = min(lowest, stable)
     settings = dict(size=SIZE, steps=STEPS, seed=SEED, prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=3.0, sampler="euler")

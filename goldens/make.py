@@ -5,7 +5,9 @@ from pathlib import Path
 
 import blocks
 import families
+import fields
 import lora
+import lora_settings
 import pipelines
 import prompts
 import samplers
@@ -22,9 +24,11 @@ def main() -> None:
         blocks.make()
         pipelines.make(Path(scratch))
         families.make(Path(scratch))
+        fields.make()
         prompts.make(Path(scratch))
         single_file.make(Path(scratch))
         lora.make(Path(scratch) / "lora")
+        lora_settings.make(Path(scratch) / "lora_settings")
 
 
 if __name__ == "__main__":

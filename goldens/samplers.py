@@ -296,8 +296,8 @@ def number(value):
     return float(f"{float(value):.6g}")
 
 
-def main():
-    torch.set_num_threads(1)
+def golden(cases, base={}):
+    """The goldens of some cases, a text of JSON. Of a file, what is not as in `base` is written down."""
     configs, timesteps, rows = [], [], []
 
     places = {}
@@ -309,9 +309,10 @@ def main():
             of.append(item)
         return places[key]
 
-    for count, (name, config, steps) in enumerate(dict.fromkeys((n, json.dumps(c), s) for n, c, s in cases())):
+    for count, (name, config, steps) in enumerate(dict.fromkeys((n, json.dumps(c), s) for n, c, s in cases)):
         seed = 1000 + count
-        row = [name, index(configs, json.loads(config)), steps, seed]
+        written = {k: v for k, v in json.loads(config).items() if k not in base or base[k] != v}
+        row = [name, index(configs, written), steps, seed]
         try:
             seen, scale, x = loop(name, json.loads(config), steps, seed)
             finite = bool(torch.isfinite(x).all())
@@ -330,13 +331,19 @@ def main():
     def lines(items):
         return ",\n".join(json.dumps(i, separators=(",", ":")) for i in items)
 
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(
-        f'{{"diffusers":"{diffusers.__version__}","torch":"{torch.__version__.split("+")[0]}",\n'
-        f'"configs":[\n{lines(configs)}\n],\n"timesteps":[\n{lines(timesteps)}\n],\n"cases":[\n{lines(rows)}\n]}}\n'
-    )
     failed = sum(isinstance(r[4], str) for r in rows)
-    print(f"{len(rows)} goldens, {failed} of them failures, {OUT.stat().st_size} bytes")
+    print(f"{len(rows)} goldens, {failed} of them failures")
+    shared = f'"base":{json.dumps(base, separators=(",", ":"))},\n' if base else ""
+    return (
+        f'{{"diffusers":"{diffusers.__version__}","torch":"{torch.__version__.split("+")[0]}",\n'
+        f'{shared}"configs":[\n{lines(configs)}\n],\n"timesteps":[\n{lines(timesteps)}\n],\n"cases":[\n{lines(rows)}\n]}}\n'
+    )
+
+
+def main():
+    torch.set_num_threads(1)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(golden(cases()))
 
 
 if __name__ == "__main__":

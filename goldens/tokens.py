@@ -6,10 +6,12 @@ The vocabulary is the list of merges of OpenAI's `simple_tokenizer.py` (MIT), wh
 
 import gzip
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import open_clip
+from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer
 
 from checkpoints import FIXTURES, ROOT, TOKENIZER
@@ -102,6 +104,74 @@ PROMPTS = [
 ]
 
 
+def added(content: str, **flags) -> dict:
+    """A token as `added_tokens_decoder` lists it."""
+    plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
+    return {"content": content, **plain, **flags}
+
+
+CAT = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<dog>", "sks"]
+CAT_IDS = {token: 49408 + i for i, token in enumerate(CAT)}
+CAT_LISTED = {str(i): added(token) for token, i in CAT_IDS.items()}
+
+# Tokens that were added to CLIP's vocabulary, by the files that say so; `tokenizer.json` is the embedded model's, with a longer list.
+ADDED = {
+    "added_tokens": {"added_tokens.json": CAT_IDS},
+    "decoder": {"tokenizer_config.json": {"added_tokens_decoder": CAT_LISTED}},
+    # With a decoder nothing else counts.
+    "decoder_and_more": {
+        "tokenizer_config.json": {"added_tokens_decoder": CAT_LISTED},
+        "added_tokens.json": {**CAT_IDS, "fox": 49413},
+        "special_tokens_map.json": {"additional_special_tokens": ["red"], "pad_token": "!"},
+    },
+    "flags": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                "0": added("!", normalized=False, special=True),
+                "49406": added(BOS, special=True),
+                "49407": added(EOS, special=True),
+                "49408": added("<cat-toy>", lstrip=True, rstrip=True),
+                "49409": added("<cat-toy>_1", normalized=False),
+                "49410": added("<cat-toy>_2", normalized=False, special=True),
+                "49411": added("<Dog>", normalized=False),
+                "49412": added("SKS", single_word=True),
+                "49413": added("SKS_1", single_word=True),
+            },
+            "pad_token": "!",
+        }
+    },
+    "special": {
+        "tokenizer_config.json": {"additional_special_tokens": ["<dog>"], "mask_token": "a</w>"},
+        "added_tokens.json": CAT_IDS,
+    },
+    "special_by_map": {
+        "special_tokens_map.json": {"additional_special_tokens": ["<dog>"], "unk_token": added(EOS, normalized=True)},
+        "added_tokens.json": {t: i for t, i in CAT_IDS.items() if t != "<dog>" and t != "sks"},
+    },
+    "tokenizer_json": {"tokenizer.json": [added(t, id=4316 + i, special=t == "sks", normalized=t != "sks") for i, t in enumerate(CAT)]},
+    "tokenizer_json_and_decoder": {
+        "tokenizer.json": [added(t, id=4316 + i) for i, t in enumerate(CAT)],
+        "tokenizer_config.json": {"added_tokens_decoder": {str(4316 + i): added(t, normalized=False) for i, t in enumerate(CAT)}},
+    },
+}
+ADDED_PROMPTS = [
+    "a photo of <cat-toy>",
+    "A PHOTO OF <CAT-TOY>!",
+    "<cat-toy>",
+    "<cat-toy><cat-toy> <cat-toy>",
+    "  <cat-toy>  ,<cat-toy>s and my<cat-toy>",
+    "<cat-toy>_1 alone",
+    "<cat-toy> <cat-toy>_1",
+    "<cat-toy>_2 of <cat-toy>_3",
+    "a <dog> and a <Dog> and a <DOG>",
+    "sks dog, SKS, sksy, a-sks, sks_1",
+    "<cat-toy " + EOS + " cat-toy>",
+    "a red fox!",
+    "word " * 73 + "<cat-toy> tail",
+    "caf\u00e9 <cat-toy>\u3000\u732b",
+]
+
+
 def byte_letters() -> list[str]:
     """GPT-2's printable stand-ins for the 256 bytes, in vocabulary order: printable Latin-1 first, then the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -164,15 +234,39 @@ def make(scratch: Path) -> None:
         files = ("tokenizer_config.json", "special_tokens_map.json")
         configs[name] = {f: json.loads((folder / f).read_text()) for f in files if (folder / f).exists()}
     rows["emoji"] = encode(CLIPTokenizer.from_pretrained(TOKENIZER), 32)
-    content = {"files": configs, "prompts": PROMPTS, "ids": rows}
+    content = {"files": configs, "prompts": PROMPTS, "ids": rows, "added": with_added(scratch, merges)}
     write_json(FIXTURES / "tokens.json", content, 3)
     print(f"tokens: {len(PROMPTS)} prompts, {len(rows)} tokenizers, asset of {ASSET.stat().st_size} bytes")
 
 
-def encode(tokenizer: CLIPTokenizer, length: int) -> dict:
+def with_added(scratch: Path, merges: str) -> dict:
+    """Ids of prompts with added tokens, as diffusers' pipelines make them: tokens of several vectors are written out first."""
+    rows = {}
+    for name, files in ADDED.items():
+        folder, length = scratch / f"added_{name}", 77
+        if "tokenizer.json" in files:
+            shutil.copytree(TOKENIZER, folder)
+            length = 32
+        else:
+            write_folder(folder, merges, EOS, "strings")
+        for file, content in files.items():
+            path = folder / file
+            whole = json.loads(path.read_text()) if path.exists() else {}
+            if file == "tokenizer.json":
+                whole["added_tokens"] += content
+            else:
+                whole |= content
+            path.write_text(json.dumps(whole))
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        prompts = [TextualInversionLoaderMixin().maybe_convert_prompt(p, tokenizer) for p in ADDED_PROMPTS]
+        rows[name] = {"files": files, **encode(tokenizer, length, prompts)}
+    return {"prompts": ADDED_PROMPTS, "tokenizers": rows}
+
+
+def encode(tokenizer: CLIPTokenizer, length: int, prompts: list[str] = PROMPTS) -> dict:
     """Ids as diffusers asks for them, without the padding at the end."""
     ids = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         row = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         assert len(row) == length
         while row and row[-1] == tokenizer.pad_token_id:

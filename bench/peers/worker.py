@@ -13,9 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-# The channel to `run`: libraries print what they like, so they get standard error instead.
-CHANNEL = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
+# The channel to `run`: libraries print what they like, even while they are imported, so they get standard error instead.
+CHANNEL = sys.stdout
+if __name__ == "__main__":
+    CHANNEL = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
 import torch  # noqa: E402
 
@@ -246,4 +248,5 @@ def main() -> None:
         serve(work)
 
 
-main()
+if __name__ == "__main__":
+    main()

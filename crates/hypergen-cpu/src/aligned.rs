@@ -157,7 +157,7 @@ impl Drop for Block {
 struct CacheLine;
 
 /// Asks for huge pages. It is a hint: without it all works, only slower.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     let whole = bytes / HUGE_PAGE * HUGE_PAGE;
     // SAFETY: the range lies inside a block that was just allocated, and the
@@ -165,7 +165,7 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     unsafe { libc::madvise(start.as_ptr().cast(), whole, libc::MADV_HUGEPAGE) };
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(any(not(target_os = "linux"), miri))]
 fn advise_huge_pages(_start: NonNull<u8>, _bytes: usize) {}
 
 #[cfg(test)]
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn is_aligned_zeroed_and_writable() {
-        for len in [0, 1, 15, 64, 1000, 3 << 20] {
+        for len in [0, 1, 15, 64, 1000, if cfg!(miri) { 1 << 19 } else { 3 << 20 }] {
             let mut v = AlignedVec::<f32>::zeroed(len);
             assert_eq!(v.as_slice().as_ptr() as usize % LINE, 0);
             assert_eq!(v.as_slice().len(), len);

@@ -6,7 +6,8 @@
 //! * [`vector`]: float32 products, any instruction set;
 //! * [`pairs`]: bfloat16 dot products of AVX-512;
 //! * [`amx`]: bfloat16 tiles, whose instructions are in [`amx_tiles`], whose
-//!   operands [`pack512`] lays out and whose softmax is [`amx_weights`].
+//!   operands [`pack512`] lays out and whose softmax is [`amx_weights`];
+//!   [`amx_plan`] says who computes what.
 //!
 //! On vectors the problem is transposed, keys by queries: a lane is a query, so
 //! maxima, sums and factors of the softmax need no work across lanes. On tiles
@@ -14,6 +15,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_plan;
 #[cfg(target_arch = "x86_64")]
 mod amx_tiles;
 #[cfg(target_arch = "x86_64")]
@@ -160,5 +163,7 @@ unsafe fn output<'a, T>(
     unsafe { out.part(start, s.head_dim) }
 }
 
+#[cfg(all(test, target_arch = "x86_64"))]
+mod emulated;
 #[cfg(test)]
 mod tests;

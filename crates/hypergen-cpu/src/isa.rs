@@ -41,7 +41,7 @@ impl Isa {
     /// first. Asking the system for the use of AMX is part of finding out.
     pub fn supported() -> &'static [Self] {
         static SUPPORTED: OnceLock<Vec<Isa>> = OnceLock::new();
-        SUPPORTED.get_or_init(|| Self::ALL.into_iter().filter(|isa| detect(*isa)).collect())
+        SUPPORTED.get_or_init(detect)
     }
 
     /// The fastest that this machine supports.
@@ -78,46 +78,72 @@ pub(crate) fn join(sets: &[Isa]) -> String {
     sets.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
 }
 
+/// What the processor and the system must have for each set, beyond what the
+/// set before it needs: every feature that a kernel of the set is compiled for
+/// or names an instruction of. `cargo test -p tidy` compares this with the code.
 #[cfg(target_arch = "x86_64")]
-fn detect(isa: Isa) -> bool {
-    let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-    let avx512 = || {
-        avx2()
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-    };
-    let avx512_bf16 = || avx512() && is_x86_feature_detected!("avx512bf16");
-    match isa {
-        Isa::Portable => true,
-        Isa::Avx2 => avx2(),
-        Isa::Avx512 => avx512(),
-        Isa::Avx512Bf16 => avx512_bf16(),
-        Isa::AmxBf16 => avx512_bf16() && has_amx_bf16() && permit_amx(),
-    }
+const FEATURES: [(Isa, &[&str]); 5] = [
+    (Isa::Portable, &[]),
+    (Isa::Avx2, &["avx2", "fma"]),
+    (Isa::Avx512, &["avx512f", "avx512bw", "avx512vl", "avx512dq"]),
+    (Isa::Avx512Bf16, &["avx512bf16"]),
+    // Attention between its tiles looks bytes up in registers: VBMI. The
+    // permission is last: it is asked for only where all else is there.
+    (Isa::AmxBf16, &["avx512vbmi", "amx-tile", "amx-bf16", "amx permission"]),
+];
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Vec<Isa> {
+    usable(&FEATURES, has_feature)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn detect(isa: Isa) -> bool {
-    isa == Isa::Portable
+fn detect() -> Vec<Isa> {
+    vec![Isa::Portable]
 }
 
-/// Whether the processor has AMX tiles with bfloat16 and the system saves them.
+/// The sets, from the first on, whose features are all there.
 #[cfg(target_arch = "x86_64")]
-fn has_amx_bf16() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
+fn usable(features: &[(Isa, &[&str])], mut has: impl FnMut(&str) -> bool) -> Vec<Isa> {
+    features.iter().take_while(|(_, needs)| needs.iter().all(|f| has(f))).map(|(isa, _)| *isa).collect()
+}
+
+/// Whether the processor has a feature of [`FEATURES`] and the system saves
+/// the registers that it works on.
+#[cfg(target_arch = "x86_64")]
+fn has_feature(feature: &str) -> bool {
     const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
+    match feature {
+        "avx2" => is_x86_feature_detected!("avx2"),
+        "fma" => is_x86_feature_detected!("fma"),
+        "avx512f" => is_x86_feature_detected!("avx512f"),
+        "avx512bw" => is_x86_feature_detected!("avx512bw"),
+        "avx512vl" => is_x86_feature_detected!("avx512vl"),
+        "avx512dq" => is_x86_feature_detected!("avx512dq"),
+        "avx512bf16" => is_x86_feature_detected!("avx512bf16"),
+        "avx512vbmi" => is_x86_feature_detected!("avx512vbmi"),
+        "amx-tile" => has_amx(AMX_TILE),
+        "amx-bf16" => has_amx(AMX_BF16),
+        "amx permission" => permit_amx(),
+        _ => unreachable!("{feature} is not in the table of features"),
+    }
+}
+
+/// Whether the processor has a feature of AMX, given as its bit in CPUID's leaf
+/// 7, and the system saves tiles. The standard library does not tell yet.
+#[cfg(target_arch = "x86_64")]
+fn has_amx(feature: u32) -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
     const OSXSAVE: u32 = 1 << 27;
     const TILE_STATE: u64 = 0b11 << 17;
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
+    // An interpreter has no processor to ask.
+    if cfg!(miri) || __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
         return false;
     }
-    let features = __cpuid_count(7, 0).edx;
     // SAFETY: OSXSAVE says that the instruction is there.
-    let enabled = unsafe { xgetbv0() };
-    features & AMX_BF16 != 0 && features & AMX_TILE != 0 && enabled & TILE_STATE == TILE_STATE
+    let saved = unsafe { xgetbv0() };
+    __cpuid_count(7, 0).edx & feature != 0 && saved & TILE_STATE == TILE_STATE
 }
 
 /// The register that says which states the system saves.
@@ -136,6 +162,9 @@ unsafe fn xgetbv0() -> u64 {
 /// holds for the whole process and all threads to come.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn permit_amx() -> bool {
+    if cfg!(miri) {
+        return false;
+    }
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
     // SAFETY: the call takes two numbers and touches no memory of ours.
@@ -161,9 +190,47 @@ mod tests {
         assert!(message.contains("sse9") && message.contains("avx512-bf16"), "{message}");
     }
 
+    /// Said past the harness, which keeps what a passing test prints to itself.
+    #[test]
+    fn what_was_tested_is_said() {
+        use std::io::Write;
+        let line = crate::testing::summary(crate::testing::sets());
+        assert!(Isa::ALL.iter().all(|isa| line.contains(isa.name())), "{line}");
+        writeln!(std::io::stderr(), "\n{line}").unwrap();
+    }
+
     #[test]
     fn portable_is_always_there() {
         assert_eq!(Isa::supported()[0], Isa::Portable);
         assert!(Isa::best().is_supported());
+        assert!(Isa::supported().is_sorted());
+    }
+
+    /// A machine that lacks one feature, as guests of some hypervisors do, has
+    /// the sets below the one that needs it, and nothing above.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn each_missing_feature_takes_its_set_away() {
+        assert_eq!(usable(&FEATURES, |_| true), Isa::ALL);
+        assert_eq!(usable(&FEATURES, |_| false), [Isa::Portable]);
+        for (place, (_, needs)) in FEATURES.iter().enumerate() {
+            for missing in *needs {
+                assert_eq!(usable(&FEATURES, |f| f != *missing), Isa::ALL[..place], "without {missing}");
+                // Known by name, whatever this machine answers.
+                has_feature(missing);
+            }
+        }
+    }
+
+    /// Asking for tiles changes the process, so it is done last.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_system_is_asked_for_tiles_only_where_they_are() {
+        for missing in ["avx2", "avx512vbmi", "amx-tile", "amx-bf16"] {
+            usable(&FEATURES, |f| {
+                assert_ne!(f, "amx permission", "asked without {missing}");
+                f != missing
+            });
+        }
     }
 }

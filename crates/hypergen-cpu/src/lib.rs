@@ -25,11 +25,15 @@ mod isa;
 mod norm;
 mod peak;
 mod pool;
+#[cfg(test)]
+#[path = "pool/tests.rs"]
+mod pool_tests;
 pub mod reference;
 mod scratch;
 #[allow(dead_code, reason = "kernels move onto it one by one")]
 mod simd;
 mod split;
+mod sync;
 #[cfg(test)]
 mod testing;
 

@@ -5,22 +5,24 @@
 //! thread. A general work-stealing pool is not needed and this is not one:
 //! one job at a time, tasks claimed from a counter, no queues, no futures.
 //!
-//! Workers that have just finished spin for [`SPIN`] and then sleep until
+//! Workers that have just finished spin for a while and then sleep until
 //! they are woken, so an idle pool uses no processor time. The caller never
 //! waits for a worker that has not yet woken up: it closes the job when no
 //! task is left, and only workers that had entered by then are waited for.
+//!
+//! Twice a thread writes one word and then looks at another while its partner
+//! does the same the other way round (a job against a sleeper, the last worker
+//! against a caller that sleeps): a fence between the two steps makes sure that
+//! one of them sees the other. `tests/pool_model.rs` runs this very file in
+//! every order of events that the memory model allows.
 
 use std::any::Any;
-use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-/// How long a thread looks for work before it sleeps. Longer than the gaps
-/// between the kernels of one step, far shorter than anything a user notices.
-const SPIN: Duration = Duration::from_micros(50);
+use crate::sync::{
+    Arc, AtomicBool, AtomicU64, AtomicUsize, Builder, Condvar, JoinHandle, Mutex, MutexGuard, Ordering,
+    PoisonError, UnsafeCell, fence, is_inside, set_inside, spin_until,
+};
 
 /// `Shared::state` in one word: the job's number above, then whether it may
 /// be entered, then how many workers are in it.
@@ -64,11 +66,6 @@ unsafe impl Sync for Shared {}
 // keeps the closure alive.
 unsafe impl Send for Shared {}
 
-thread_local! {
-    /// Whether this thread is inside a job, where further calls run serially.
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
-}
-
 /// A fixed set of threads that run one job at a time.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
@@ -96,8 +93,7 @@ impl Pool {
         let mut pool = Self { shared, workers: Vec::new(), busy: Mutex::new(()) };
         for i in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            let worker =
-                std::thread::Builder::new().name(format!("hypergen-cpu-{i}")).spawn(move || shared.work())?;
+            let worker = Builder::new().name(format!("hypergen-cpu-{i}")).spawn(move || shared.work())?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -110,7 +106,7 @@ impl Pool {
 
     /// Calls `body(0)` .. `body(tasks - 1)`; see [`crate::Cpu::parallel`].
     pub(crate) fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
-        if tasks < 2 || self.workers.is_empty() || INSIDE.get() {
+        if tasks < 2 || self.workers.is_empty() || is_inside() {
             return serially(tasks, body);
         }
         // Whoever comes while another thread's job runs computes alone rather
@@ -148,9 +144,10 @@ impl Shared {
         self.next.store(0, Ordering::Relaxed);
         // SAFETY: the state is closed and nobody is inside, for `busy` is held
         // and the previous holder waited for that in `close`.
-        unsafe { *self.job.get() = Some(Job { body: erase(body), tasks }) };
+        self.job.with_mut(|job| unsafe { *job = Some(Job { body: erase(body), tasks }) });
         let epoch = (self.state.load(Ordering::Relaxed) >> EPOCH_SHIFT).wrapping_add(1);
-        self.state.store((epoch << EPOCH_SHIFT) | OPEN, Ordering::SeqCst);
+        self.state.store((epoch << EPOCH_SHIFT) | OPEN, Ordering::Release);
+        fence(Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             let _guard = lock(&self.sleep);
             self.wake.notify_all();
@@ -168,6 +165,7 @@ impl Shared {
         }
         let mut guard = lock(&self.done);
         self.caller_waits.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         while !empty() {
             guard = self.left.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
@@ -187,6 +185,7 @@ impl Shared {
                 // Counted before the last look: `open` looks at the count after
                 // it has made its job known, so one of the two sees the other.
                 self.sleepers.fetch_add(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
                 while !news() {
                     guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
                 }
@@ -198,7 +197,7 @@ impl Shared {
             if let Some(epoch) = self.enter() {
                 seen = epoch;
                 // SAFETY: between `enter` and `leave` the caller does not touch the job.
-                if let Some(job) = unsafe { *self.job.get() } {
+                if let Some(job) = self.job.with(|job| unsafe { *job }) {
                     self.claim(job);
                 }
                 self.leave();
@@ -220,15 +219,18 @@ impl Shared {
 
     fn leave(&self) {
         let before = self.state.fetch_sub(1, Ordering::SeqCst);
-        if before & COUNT == 1 && before & OPEN == 0 && self.caller_waits.load(Ordering::SeqCst) {
-            let _guard = lock(&self.done);
-            self.left.notify_all();
+        if before & COUNT == 1 && before & OPEN == 0 {
+            fence(Ordering::SeqCst);
+            if self.caller_waits.load(Ordering::SeqCst) {
+                let _guard = lock(&self.done);
+                self.left.notify_all();
+            }
         }
     }
 
     /// Runs tasks until none is left.
     fn claim(&self, job: Job) {
-        INSIDE.set(true);
+        set_inside(true);
         // SAFETY: the caller keeps the closure alive until `close` has returned,
         // which it does only after this thread has left.
         let body = unsafe { &*job.body };
@@ -241,7 +243,7 @@ impl Shared {
                 lock(&self.panic).get_or_insert(panic);
             }
         }
-        INSIDE.set(false);
+        set_inside(false);
     }
 }
 
@@ -258,26 +260,6 @@ fn serially(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-/// Looks at a condition for [`SPIN`]; whether it came true.
-fn spin_until(condition: impl Fn() -> bool) -> bool {
-    const LOOKS_PER_CLOCK_READING: usize = 32;
-    if condition() {
-        return true;
-    }
-    let start = Instant::now();
-    loop {
-        for _ in 0..LOOKS_PER_CLOCK_READING {
-            if condition() {
-                return true;
-            }
-            std::hint::spin_loop();
-        }
-        if start.elapsed() > SPIN {
-            return false;
-        }
-    }
-}
-
 /// Forgets how long the closure lives; `run` outlives every use.
 fn erase<'a>(body: &'a (dyn Fn(usize) + Sync + 'a)) -> *const (dyn Fn(usize) + Sync) {
     // SAFETY: only the lifetime changes, and `run` returns after the last use.
@@ -287,85 +269,4 @@ fn erase<'a>(body: &'a (dyn Fn(usize) + Sync + 'a)) -> *const (dyn Fn(usize) + S
 /// A lock that a panic elsewhere does not poison: the guarded data are whole at every point.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn counts(pool: &Pool, tasks: usize) -> Vec<usize> {
-        let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-        pool.run(tasks, &|i| {
-            counts[i].fetch_add(1, Ordering::Relaxed);
-        });
-        counts.into_iter().map(AtomicUsize::into_inner).collect()
-    }
-
-    #[test]
-    fn every_task_runs_once() {
-        for threads in [1, 2, 3, 5] {
-            let pool = Pool::new(threads).unwrap();
-            assert_eq!(pool.threads(), threads);
-            for tasks in [0, 1, 2, 3, 17, 1000] {
-                assert!(counts(&pool, tasks).iter().all(|&n| n == 1));
-            }
-            // Many short jobs in a row, and one after the workers have gone to sleep.
-            for _ in 0..2000 {
-                assert_eq!(counts(&pool, 4), [1; 4]);
-            }
-            std::thread::sleep(SPIN * 10);
-            assert_eq!(counts(&pool, 8), [1; 8]);
-        }
-    }
-
-    #[test]
-    fn panics_reach_the_caller_after_the_other_tasks() {
-        for threads in [1, 3] {
-            let pool = Pool::new(threads).unwrap();
-            let done = AtomicUsize::new(0);
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(20, &|i| {
-                    assert!(i != 7, "task seven");
-                    done.fetch_add(1, Ordering::Relaxed);
-                });
-            }));
-            let payload = result.unwrap_err();
-            assert_eq!(*payload.downcast_ref::<&str>().unwrap(), "task seven");
-            assert_eq!(done.into_inner(), 19);
-            assert_eq!(counts(&pool, 5), [1; 5]);
-        }
-    }
-
-    #[test]
-    fn nested_and_concurrent_calls_complete() {
-        let pool = Pool::new(3).unwrap();
-        let sum = AtomicUsize::new(0);
-        std::thread::scope(|s| {
-            for _ in 0..3 {
-                s.spawn(|| {
-                    for _ in 0..50 {
-                        pool.run(4, &|_| {
-                            pool.run(5, &|_| {
-                                sum.fetch_add(1, Ordering::Relaxed);
-                            });
-                        });
-                    }
-                });
-            }
-        });
-        assert_eq!(sum.into_inner(), 3 * 50 * 4 * 5);
-    }
-
-    #[test]
-    fn slow_tasks_are_waited_for() {
-        let pool = Pool::new(2).unwrap();
-        for _ in 0..3 {
-            let done = AtomicUsize::new(0);
-            pool.run(2, &|_| {
-                std::thread::sleep(Duration::from_millis(2));
-                done.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(done.into_inner(), 2);
-        }
-    }
 }

@@ -1,7 +1,12 @@
 //! What the kernels' tests share: a [`Cpu`] for each instruction set and
 //! thread count, repeatable values, and comparison with the reference.
 
+pub(crate) use sets::{sets, summary};
+
 use crate::{Cpu, CpuConfig, Element, ElementKind, Isa};
+
+#[path = "../tests/common/sets.rs"]
+mod sets;
 
 /// A processor with the given set and threads.
 pub(crate) fn cpu(isa: Isa, threads: usize) -> Cpu {
@@ -10,7 +15,7 @@ pub(crate) fn cpu(isa: Isa, threads: usize) -> Cpu {
 
 /// One processor, with two threads, for each instruction set of this machine.
 pub(crate) fn every_cpu() -> Vec<Cpu> {
-    Isa::supported().iter().map(|&isa| cpu(isa, 2)).collect()
+    sets().iter().map(|&isa| cpu(isa, 2)).collect()
 }
 
 /// Repeatable pseudo-random values: splitmix64.
@@ -50,5 +55,21 @@ pub(crate) fn assert_close<T: Element>(what: &str, cpu: &Cpu, got: &[T], want: &
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let (got, limit) = (got.to_f32(), tolerance * (1.0 + want.abs()) + rounding * want.abs());
         assert!((got - want).abs() <= limit, "{what} with {}: [{i}] is {got}, not {want}", cpu.isa());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sets::missing;
+    use super::*;
+
+    #[test]
+    fn demanded_sets_are_missed() {
+        let sets = [Isa::Portable, Isa::Avx2];
+        assert_eq!(missing("", &sets), [""; 0]);
+        assert_eq!(missing("avx2", &sets), [""; 0]);
+        assert_eq!(missing(" avx2, amx-bf16 ,axm", &sets), ["amx-bf16", "axm"]);
+        assert!(summary(&sets).ends_with("not on this machine: avx512, avx512-bf16, amx-bf16"));
+        assert!(!summary(&Isa::ALL).contains("not on"));
     }
 }

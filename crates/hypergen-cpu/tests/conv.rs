@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Extras, Numbers, assert_close, bits, cpu, pack};
+use common::{Extras, Numbers, assert_close, bits, cpu, pack, sets};
 use half::bf16;
 use hypergen_cpu::{AlignedVec, ConvShape, Element, Epilogue, Isa, conv2d, reference};
 
@@ -60,7 +60,7 @@ fn check_rounded<T: Element>(shape: ConvShape, n: usize, all_epilogues: bool, un
     let epilogues = if all_epilogues { &epilogues[..] } else { &epilogues[epilogues.len() - 1..] };
     for (i, epilogue) in epilogues.iter().enumerate() {
         let want = reference::conv2d(&x, s, &w, n, epilogue);
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             let cpu = cpu(isa, 2);
             let packed = pack(&cpu, &w, n, k);
             let mut out = vec![T::from_f32(f32::NAN); m * n];
@@ -153,7 +153,7 @@ fn doubling_in_bfloat16_loses_no_more_than_a_rounding() {
     let (x, w) = (numbers.take::<bf16>(m / 4 * shape.in_c), numbers.take::<bf16>(n * k));
     let want = reference::conv2d(&x, &shape, &w, n, &Epilogue::default());
     let energy: f32 = want.iter().map(|v| v * v).sum();
-    for &isa in Isa::supported() {
+    for &isa in sets() {
         let cpu = cpu(isa, 2);
         let mut out = vec![bf16::NAN; m * n];
         conv2d(&cpu, &x, &shape, &pack(&cpu, &w, n, k), &Epilogue::default(), &mut out);
@@ -208,7 +208,7 @@ fn check_invariance<T: Element>(shape: ConvShape, n: usize) {
     x.as_mut_slice().copy_from_slice(&numbers.take::<T>(s.batch * input));
     let w = numbers.take::<T>(n * k);
     let epilogue = Epilogue::default();
-    for &isa in Isa::supported() {
+    for &isa in sets() {
         let one = cpu(isa, 1);
         let packed = pack(&one, &w, n, k);
         let mut whole = vec![T::default(); s.batch * output];

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Extras, Numbers, Placed, assert_close, assert_close_scaled, bits, copy, cpu, pack};
+use common::{Extras, Numbers, Placed, assert_close, assert_close_scaled, bits, copy, cpu, pack, sets};
 use half::bf16;
 use hypergen_cpu::{AlignedVec, Element, Epilogue, Isa, PackedMatrix, geglu, linear, reference};
 
@@ -18,7 +18,7 @@ fn check_linear<T: Element>(m: usize, n: usize, k: usize, all_epilogues: bool) {
         let mut want = reference::linear(&a, &w, n, k, epilogue);
         // Without values the oracle cannot tell the number of rows.
         want.resize(if k == 0 { 0 } else { m * n }, 0.0);
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             let cpu = cpu(isa, 2);
             let packed = pack(&cpu, &w, n, k);
             // Aligned rows take another way through the kernels than unaligned ones.
@@ -72,7 +72,7 @@ fn every_epilogue_matches_the_oracle() {
 
 #[test]
 fn without_inputs_the_epilogue_alone_remains() {
-    for &isa in Isa::supported() {
+    for &isa in sets() {
         let cpu = cpu(isa, 1);
         let packed = PackedMatrix::<f32>::pack(&cpu, 5, 0, |_, _| {});
         let mut out = vec![f32::NAN; 15];
@@ -88,7 +88,7 @@ fn check_geglu<T: Element>(m: usize, h: usize, k: usize) {
     let bias = numbers.take::<f32>(2 * h);
     for bias in [None, Some(bias.as_slice())] {
         let want = reference::geglu(&a, &w, h, k, bias);
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             let cpu = cpu(isa, 2);
             let packed = PackedMatrix::<T>::pack_geglu(&cpu, 2 * h, k, |i, row| copy(&w[i * k..][..k], row));
             let mut out = vec![T::from_f32(f32::NAN); m * h];
@@ -118,7 +118,7 @@ fn check_invariance<T: Element>(m: usize, n: usize, k: usize) {
     let w = numbers.take::<T>(n * k);
     let bias = numbers.take::<f32>(n);
     let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
-    for &isa in Isa::supported() {
+    for &isa in sets() {
         let one = cpu(isa, 1);
         let packed = pack(&one, &w, n, k);
         let mut whole = vec![T::default(); m * n];

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::finite::finite;
+use crate::lora::{Component, Embedding};
 use crate::models::text_encoder::{HiddenState, TextEncoder};
 use crate::models::unet::UNetConfig;
 use crate::prompt::{self, Chunk, PromptSyntax};
@@ -41,9 +42,20 @@ pub(crate) struct Sides {
     pub(crate) positive: Arc<Encoded>,
 }
 
+/// Reads prompts and encodes nothing, so that they can be checked while the
+/// encoders are at work.
+#[derive(Clone)]
+pub(crate) struct PromptReader {
+    /// One for each text encoder.
+    tokenizers: Vec<Tokenizer>,
+    /// The most layers that the encoders can do without.
+    max_clip_skip: usize,
+}
+
 /// Encodes prompts, and remembers the latest of them.
 pub(crate) struct TextConditioner {
     parts: Vec<TextPart>,
+    reader: PromptReader,
     /// Which hidden state the family conditions on.
     state: HiddenState,
     /// An absent negative prompt is zeros, not the encoding of "".
@@ -59,15 +71,67 @@ const CACHE: usize = 64;
 const PROMPT: &str = "prompt";
 const NEGATIVE_PROMPT: &str = "negative_prompt";
 
-impl TextConditioner {
-    pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
-        Self { parts, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
+impl PromptReader {
+    /// Checks both prompts of a request, and how many layers it leaves out,
+    /// without encoding anything.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
+        request.check_prompts()?;
+        crate::Range { max: self.max_clip_skip, ..CLIP_SKIP }.check(request.clip_skip)?;
+        if request.prompt_syntax == PromptSyntax::A1111 {
+            self.read(PROMPT, &request.prompt)?;
+            self.read(NEGATIVE_PROMPT, request.negative_prompt.as_deref().unwrap_or_default())?;
+        }
+        Ok(())
     }
 
-    /// Says that the encoders' weights are now those of this number: what was
-    /// encoded with others is not what they give.
-    pub(crate) fn set_weights(&mut self, weights: u64) {
-        self.weights = weights;
+    /// The chunks of a prompt in the A1111 syntax, by text encoder.
+    fn read(&self, param: &'static str, prompt: &str) -> Result<Vec<Vec<Chunk>>, Error> {
+        let parsed = prompt::parse(param, prompt)?;
+        if let (NEGATIVE_PROMPT, Some(tag)) = (param, parsed.loras.first()) {
+            return Err(Error::from(ParameterError {
+                param,
+                message: format!(
+                    "{param}: <lora:{}:...> belongs into the prompt, for a LoRA is for both",
+                    tag.name
+                ),
+            }));
+        }
+        let chunks = self.tokenizers.iter().map(|tokenizer| prompt::chunks(param, &parsed.parts, tokenizer));
+        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
+        match chunks.iter().any(|c| c.len() != chunks[0].len()) {
+            // It takes two tokenizers of different vocabularies.
+            true => Err(Error::new(
+                ErrorKind::Model,
+                "the model's two tokenizers cut the prompt into different numbers of chunks: the files of both tokenizers have to be those of one model",
+            )),
+            false => Ok(chunks),
+        }
+    }
+}
+
+impl TextConditioner {
+    pub(crate) fn new(parts: Vec<TextPart>, state: HiddenState, zeros_for_absent: bool) -> Self {
+        let layers = parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
+        let reader = PromptReader {
+            tokenizers: parts.iter().map(|part| part.tokenizer.clone()).collect(),
+            max_clip_skip: layers.saturating_sub(state.skip).min(CLIP_SKIP.max),
+        };
+        Self { parts, reader, state, zeros_for_absent, weights: 0, cache: VecDeque::new() }
+    }
+
+    /// Says that the encoders' weights are now those of this number, with words
+    /// of their own: what was encoded with others is not what they give.
+    pub(crate) fn set_weights(&mut self, weights: u64, embeddings: &[Embedding]) {
+        if std::mem::replace(&mut self.weights, weights) == weights {
+            return;
+        }
+        for (i, part) in self.parts.iter_mut().enumerate() {
+            let component = if i == 0 { Component::Text } else { Component::Text2 };
+            let own: Vec<&Embedding> = embeddings.iter().filter(|e| e.component == component).collect();
+            part.tokenizer.set_words(own.iter().map(|e| (e.word.as_str(), e.count)));
+            part.encoder.set_words(&own.iter().flat_map(|e| &e.values).copied().collect::<Vec<f32>>());
+            self.reader.tokenizers[i] = part.tokenizer.clone();
+        }
     }
 
     /// Checks that encoders and UNet belong together.
@@ -76,7 +140,7 @@ impl TextConditioner {
         let lengths: Vec<usize> = self.parts.iter().map(|p| p.tokenizer.length()).collect();
         if lengths.iter().any(|&l| l != lengths[0]) {
             return wrong(format!(
-                "the tokenizers disagree about the length of a prompt: {lengths:?} tokens"
+                "the tokenizers have 'model_max_length' {lengths:?}, which has to be the same: their files have to be those of one model"
             ));
         }
         if let Some(level) = unet.levels.iter().find(|l| l.context != self.width()) {
@@ -98,17 +162,9 @@ impl TextConditioner {
         Ok(())
     }
 
-    /// Checks both prompts of a request, and how many layers it leaves out,
-    /// without encoding anything.
-    pub(crate) fn check(&self, request: &Request) -> Result<(), Error> {
-        let layers = self.parts.iter().map(|p| p.encoder.config().num_hidden_layers).min().unwrap_or(0);
-        let max = layers.saturating_sub(self.state.skip);
-        crate::Range { max: max.min(CLIP_SKIP.max), ..CLIP_SKIP }.check(request.clip_skip)?;
-        if request.prompt_syntax == PromptSyntax::A1111 {
-            self.read(PROMPT, &request.prompt)?;
-            self.read(NEGATIVE_PROMPT, request.negative_prompt.as_deref().unwrap_or_default())?;
-        }
-        Ok(())
+    /// What reads and checks prompts.
+    pub(crate) fn reader(&self) -> &PromptReader {
+        &self.reader
     }
 
     /// Tokens of one chunk.
@@ -207,30 +263,9 @@ impl TextConditioner {
         Ok(self.cache[0].2.clone())
     }
 
-    /// The chunks of a prompt in the A1111 syntax, by text encoder.
-    fn read(&self, param: &'static str, prompt: &str) -> Result<Vec<Vec<Chunk>>, Error> {
-        let parsed = prompt::parse(param, prompt)?;
-        if let (NEGATIVE_PROMPT, Some(tag)) = (param, parsed.loras.first()) {
-            return Err(Error::from(ParameterError {
-                param,
-                message: format!(
-                    "{param}: <lora:{}:...> belongs into the prompt, for a LoRA is for both",
-                    tag.name
-                ),
-            }));
-        }
-        let chunks = self.parts.iter().map(|part| prompt::chunks(param, &parsed.parts, &part.tokenizer));
-        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
-        match chunks.iter().any(|c| c.len() != chunks[0].len()) {
-            // It takes two tokenizers of different vocabularies.
-            true => Err(Error::new(ErrorKind::Model, "the tokenizers disagree about the chunks of a prompt")),
-            false => Ok(chunks),
-        }
-    }
-
     fn encode_anew(&self, param: &'static str, prompt: &str, reading: Reading) -> Result<Encoded, Error> {
         let chunks = match reading.syntax {
-            PromptSyntax::A1111 => self.read(param, prompt)?,
+            PromptSyntax::A1111 => self.reader.read(param, prompt)?,
             PromptSyntax::Plain => {
                 let mut all = vec![];
                 for part in &self.parts {

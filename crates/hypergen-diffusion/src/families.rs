@@ -1,11 +1,17 @@
 //! The families of checkpoints, one row each: what a model is called, the size
 //! that it was trained for, and what a request gets that names nothing.
 //!
-//! A family is recognised from the checkpoint alone, never asked for: from the
-//! width of its text, its conditioning and its scheduler's file. How its
+//! A family is recognised from the checkpoint: from the width of its text, its
+//! conditioning and its scheduler's file. Where those say too little (a distilled
+//! model in a single file under a name of its own), users name it. How its
 //! networks compute is not written here; their own configuration says that.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde_json::{Value, json};
+
+use crate::{Error, ErrorKind};
 
 /// What a checkpoint says of itself, as far as it tells families apart.
 #[derive(Debug, Clone, Copy)]
@@ -51,11 +57,84 @@ impl Traits<'_> {
     }
 }
 
+/// The networks that a family has, as far as they tell that it cannot be one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Networks {
+    /// One text encoder.
+    Plain,
+    /// One text encoder, and not that of Stable Diffusion 2.x.
+    Sd1,
+    /// One text encoder, and not that of Stable Diffusion 1.x.
+    Sd2,
+    /// Those of SDXL.
+    Xl,
+    /// The UNet is told the guidance scale.
+    Guided,
+    /// Of Stable Diffusion or SDXL.
+    Any,
+}
+
+impl Networks {
+    fn fit(self, t: &Traits<'_>) -> bool {
+        match self {
+            Self::Guided => t.guidance_embedding,
+            _ if t.guidance_embedding => false,
+            Self::Plain => !t.xl,
+            Self::Sd1 => !t.xl && t.context != 1024,
+            Self::Sd2 => !t.xl && t.context != 768,
+            Self::Xl => t.xl,
+            Self::Any => true,
+        }
+    }
+}
+
+/// A family as users name it where its files do not say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FamilyName(&'static str);
+
+impl FamilyName {
+    /// All names, from the most general family to the most particular.
+    pub fn all() -> Vec<FamilyName> {
+        let mut all: Vec<FamilyName> = vec![];
+        for (slug, _) in TABLE.iter().rev().filter_map(|f| f.named) {
+            if !all.iter().any(|known| known.0 == slug) {
+                all.push(FamilyName(slug));
+            }
+        }
+        all
+    }
+
+    /// The name that users type.
+    pub fn name(self) -> &'static str {
+        self.0
+    }
+}
+
+impl fmt::Display for FamilyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl FromStr for FamilyName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let all = Self::all();
+        all.iter().copied().find(|family| family.0 == text).ok_or_else(|| {
+            let names: Vec<_> = all.iter().map(|family| family.0).collect();
+            Error::new(ErrorKind::Request, format!("unknown family '{text}': use {}", names.join(", ")))
+        })
+    }
+}
+
 /// One family.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
     /// In words, for people.
     pub name: &'static str,
+    /// How users name it, and the networks that it has. Some have no name: nothing else is like them.
+    named: Option<(&'static str, Networks)>,
     /// Side in pixels that it was trained for, where its UNet does not say.
     pub native_side: usize,
     /// Steps where a request gives none, if the family has its own.
@@ -79,38 +158,38 @@ const EULER_ANCESTRAL: &str = "EulerAncestralDiscreteScheduler";
 /// From the most particular family to the most general: the first that fits.
 #[rustfmt::skip]
 const TABLE: &[Family] = &[
-    Family { name: "emoji (embedded)", native_side: 64, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "emoji (embedded)", named: None, native_side: 64, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sd2_v, fits: |t| t.embedded },
     // Luo et al. 2023, arXiv 2310.04378. With guidance distilled into the UNet, and with LoRA merges that
     // have none. The reference's own pipeline has 4 steps and 8.5.
-    Family { name: "LCM (guidance embedded)", native_side: 768, steps: Some(4), guidance: Some(8.5), min_guidance: 1.0,
+    Family { name: "LCM (guidance embedded)", named: Some(("lcm", Networks::Guided)), native_side: 768, steps: Some(4), guidance: Some(8.5), min_guidance: 1.0,
         scheduler: lcm, fits: |t| t.guidance_embedding },
-    Family { name: "SDXL LCM", native_side: 1024, steps: Some(4), guidance: Some(1.0), min_guidance: UNGUIDED,
+    Family { name: "SDXL LCM", named: Some(("lcm", Networks::Xl)), native_side: 1024, steps: Some(4), guidance: Some(1.0), min_guidance: UNGUIDED,
         scheduler: lcm, fits: |t| t.xl && t.class() == "LCMScheduler" },
-    Family { name: "LCM", native_side: 512, steps: Some(4), guidance: Some(1.0), min_guidance: UNGUIDED,
+    Family { name: "LCM", named: Some(("lcm", Networks::Plain)), native_side: 512, steps: Some(4), guidance: Some(1.0), min_guidance: UNGUIDED,
         scheduler: lcm, fits: |t| t.class() == "LCMScheduler" },
     // Zheng et al. 2024, arXiv 2402.19159.
-    Family { name: "TCD", native_side: 1024, steps: Some(4), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
+    Family { name: "TCD", named: Some(("tcd", Networks::Any)), native_side: 1024, steps: Some(4), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
         scheduler: tcd, fits: |t| t.class() == "TCDScheduler" },
     // Sauer et al. 2023, arXiv 2311.17042.
-    Family { name: "SDXL Turbo", native_side: 512, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
+    Family { name: "SDXL Turbo", named: Some(("sdxl-turbo", Networks::Xl)), native_side: 512, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
         scheduler: sdxl_turbo, fits: |t| t.xl && t.adversarial(EULER_ANCESTRAL) },
-    Family { name: "SD Turbo", native_side: 512, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
+    Family { name: "SD Turbo", named: Some(("sd-turbo", Networks::Sd2)), native_side: 512, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
         scheduler: sd_turbo, fits: |t| t.context == 1024 && (t.adversarial(EULER) || t.adversarial(EULER_ANCESTRAL)) },
     // Lin et al. 2024, arXiv 2402.13929: the one-step model predicts the picture itself.
-    Family { name: "SDXL Lightning (one step)", native_side: 1024, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
+    Family { name: "SDXL Lightning (one step)", named: Some(("sdxl-lightning-1step", Networks::Xl)), native_side: 1024, steps: Some(1), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
         scheduler: lightning_one, fits: |t| t.xl && t.adversarial(EULER) && t.predicts("sample") },
-    Family { name: "SDXL Lightning", native_side: 1024, steps: Some(4), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
+    Family { name: "SDXL Lightning", named: Some(("sdxl-lightning", Networks::Xl)), native_side: 1024, steps: Some(4), guidance: Some(UNGUIDED), min_guidance: UNGUIDED,
         scheduler: lightning, fits: |t| t.xl && t.adversarial(EULER) },
-    Family { name: "Stable Diffusion XL", native_side: 1024, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "Stable Diffusion XL", named: Some(("sdxl", Networks::Xl)), native_side: 1024, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sdxl, fits: |t| t.xl },
-    Family { name: "Stable Diffusion 2.x (v prediction)", native_side: 768, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "Stable Diffusion 2.x (v prediction)", named: Some(("sd2-v", Networks::Sd2)), native_side: 768, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sd2_v, fits: |t| t.context == 1024 && t.predicts("v_prediction") },
-    Family { name: "Stable Diffusion 2.x base", native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "Stable Diffusion 2.x base", named: Some(("sd2", Networks::Sd2)), native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sd2_base, fits: |t| t.context == 1024 },
-    Family { name: "Stable Diffusion 1.x", native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "Stable Diffusion 1.x", named: Some(("sd1", Networks::Sd1)), native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sd1, fits: |t| t.context == 768 },
-    Family { name: "Stable Diffusion", native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
+    Family { name: "Stable Diffusion", named: None, native_side: 512, steps: None, guidance: None, min_guidance: 1.0,
         scheduler: sd1, fits: |_| true },
 ];
 
@@ -122,6 +201,26 @@ impl Family {
     pub fn of(traits: &Traits<'_>) -> &'static Family {
         // The last row fits everything.
         TABLE.iter().find(|f| (f.fits)(traits)).unwrap_or(&TABLE[TABLE.len() - 1])
+    }
+
+    /// The family of this name, for a checkpoint with these networks.
+    ///
+    /// # Errors
+    /// When the networks are of another family.
+    pub fn named(name: FamilyName, traits: &Traits<'_>) -> Result<&'static Family, Error> {
+        let fits =
+            |f: &&Family| f.named.is_some_and(|(slug, networks)| slug == name.0 && networks.fit(traits));
+        TABLE.iter().filter(|_| !traits.embedded).find(fits).ok_or_else(|| {
+            let found = match traits {
+                t if t.embedded => "is the one inside the program".to_owned(),
+                t if t.guidance_embedding => {
+                    "has a UNet that is told the guidance scale, as only lcm has".to_owned()
+                }
+                t if t.xl => "has the two text encoders of SDXL".to_owned(),
+                t => format!("has one text encoder, of width {}", t.context),
+            };
+            Error::new(ErrorKind::Model, format!("this model cannot be of the family {name}: it {found}"))
+        })
     }
 }
 
@@ -226,6 +325,35 @@ mod tests {
             };
             assert_eq!(Family::of(&traits).name, family.name);
         }
+    }
+
+    #[test]
+    fn a_name_means_the_family_that_the_networks_allow() {
+        let scheduler = sd1();
+        let traits = |xl, context, guidance_embedding| Traits {
+            embedded: false,
+            xl,
+            context,
+            guidance_embedding,
+            scheduler: &scheduler,
+        };
+        let named = |name: &str, traits: &Traits<'_>| {
+            Family::named(name.parse().expect("a known name"), traits).map(|f| f.name)
+        };
+        let (sd1, sd2, xl) =
+            (traits(false, 768, false), traits(false, 1024, false), traits(true, 2048, false));
+        assert_eq!(named("lcm", &sd1), Ok("LCM"));
+        assert_eq!(named("lcm", &xl), Ok("SDXL LCM"));
+        assert_eq!(named("lcm", &traits(false, 768, true)), Ok("LCM (guidance embedded)"));
+        assert_eq!(named("sdxl-turbo", &xl), Ok("SDXL Turbo"));
+        assert_eq!(named("sd-turbo", &sd2), Ok("SD Turbo"));
+        for (name, wrong) in [("sdxl-turbo", &sd1), ("sd-turbo", &sd1), ("sd1", &sd2), ("sd2", &xl)] {
+            let error = named(name, wrong).expect_err("other networks").message;
+            assert!(error.contains(name) && error.contains("text encoder"), "{error}");
+        }
+        assert!(named("sd1", &Traits { embedded: true, ..sd1 }).is_err());
+        let error = "flux".parse::<FamilyName>().expect_err("unknown").message;
+        assert!(FamilyName::all().iter().all(|family| error.contains(family.name())), "{error}");
     }
 
     #[test]

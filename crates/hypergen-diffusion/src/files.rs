@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::presets::Preset;
 use crate::single_file::SingleFile;
-use crate::{Error, ErrorKind, embedded};
+use crate::{Error, ErrorKind, embedded, recognise};
 
 /// JSON and text files larger than this are no configuration.
 const MAX_TEXT: u64 = 64 << 20;
@@ -48,8 +48,8 @@ impl ModelFiles {
         }
         if !path.join("model_index.json").exists() {
             return Err(model_error(format!(
-                "{shown} holds no model_index.json, so it is not a model in the diffusers layout; is it one folder \
-                 too high or too deep?"
+                "{shown} holds no model_index.json, so it is not a model in the diffusers layout; {}",
+                recognise::folder(path)
             )));
         }
         Ok(Self::Folder(path.to_owned()))
@@ -81,9 +81,11 @@ impl ModelFiles {
         match std::fs::metadata(&path) {
             Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(e)),
+            // A pipe or a device would be read without end.
+            Ok(m) if !m.is_file() => return Err(model_error(format!("{} is not a file", path.display()))),
             Ok(m) if m.len() > MAX_TEXT => {
                 return Err(model_error(format!(
-                    "{} has {} bytes; that is no configuration",
+                    "{} has {} bytes, and no configuration has more than {MAX_TEXT}; is it another file under this name?",
                     path.display(),
                     m.len()
                 )));
@@ -155,17 +157,31 @@ impl ModelFiles {
                 return Ok(Checkpoint::open_index(&index)?);
             }
         }
-        let pickle = ["bin", "ckpt", "pt"].iter().any(|e| has_extension(&folder, e));
-        Err(model_error(if pickle {
-            format!(
-                "{} has its weights only as a pickle, which can run code when it is read, and is never read here; \
-                 save the model as safetensors (diffusers: pipe.save_pretrained(folder, safe_serialization=True))",
-                folder.display()
-            )
-        } else {
-            format!("{} has no {stem}.safetensors; is the download of the model complete?", folder.display())
-        }))
+        Err(model_error(no_weights(&folder, part, stem)))
     }
+}
+
+/// Why a part's folder has no weights, with what to do.
+fn no_weights(folder: &Path, part: &str, stem: &str) -> String {
+    let shown = folder.display();
+    let has = |extensions: &[&str]| extensions.iter().any(|e| has_extension(folder, e));
+    if has(&["bin", "ckpt", "pt"]) {
+        return format!(
+            "{shown} has its weights only as a pickle, which can run code when it is read, and is never read here; \
+             save the model as safetensors (diffusers: pipe.save_pretrained(folder, safe_serialization=True))"
+        );
+    }
+    if has(&["onnx", "msgpack", "gguf"]) {
+        return format!(
+            "{shown} has its weights only for other programs (ONNX, JAX or GGUF); look for the same model as safetensors"
+        );
+    }
+    let missing = match folder.exists() {
+        true => format!("{shown} has no {stem}.safetensors"),
+        false => format!("there is no folder {shown}"),
+    };
+    let mend = if part == "vae" { ", or give a VAE with --vae" } else { "" };
+    format!("{missing}; is the download of the model complete?{mend}")
 }
 
 fn has_extension(folder: &Path, extension: &str) -> bool {

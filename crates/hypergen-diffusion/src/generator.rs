@@ -2,10 +2,11 @@
 //! them, on one page.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::lora::Lora;
-use crate::request::{Request, Size};
+use crate::request::{GUIDANCE_SCALE, ParameterError, Range, Request, Size};
 
 /// A finished picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct ModelInfo {
     pub family: String,
     /// Size that the model was trained for.
     pub native_size: Size,
-    /// The sampler that the checkpoint names.
+    /// The sampler that the checkpoint names, with a remark where it cannot be used.
     pub sampler: String,
     /// `cpu`.
     pub device: String,
@@ -45,6 +46,31 @@ pub struct ModelInfo {
     pub default_guidance: Option<f64>,
     /// Smallest guidance scale that the model takes: 1, or 0 for distilled ones.
     pub min_guidance: f64,
+}
+
+impl ModelInfo {
+    /// Checks a guidance scale that a user gave as `name`.
+    ///
+    /// # Errors
+    /// When the model does not take it. For 0, which distilled models alone take,
+    /// the message says as what this one was recognised, and what changes that.
+    pub fn check_guidance(&self, name: &'static str, scale: f64) -> Result<f64, ParameterError> {
+        let range = Range { name, min: self.min_guidance, ..GUIDANCE_SCALE };
+        range.check(scale).map_err(|e| match scale >= 0.0 && scale < self.min_guidance {
+            true => ParameterError { message: format!("{}; {}", e.message, self.guidance_hint()), ..e },
+            false => e,
+        })
+    }
+
+    /// What to do where a distilled model was taken for another.
+    pub fn guidance_hint(&self) -> String {
+        format!(
+            "this model was recognised as {}. A distilled one (Turbo, Lightning, LCM), which draws without guidance, is \
+             recognised by its file's name (xl_turbo, xl_lightning, sd_turbo), by its scheduler_config.json, or by \
+             --family (HYPERGEN_FAMILY), such as --family sdxl-turbo",
+            self.family
+        )
+    }
 }
 
 /// Parts of a generation that take time.
@@ -81,18 +107,34 @@ pub struct Silent;
 
 impl Observer for Silent {}
 
+/// What a model can do, apart from the model itself: any thread may ask it
+/// while the model draws.
+pub trait Check: Send + Sync {
+    /// Checks a request against what the model can do (sampler, size,
+    /// guidance) without drawing it.
+    ///
+    /// # Errors
+    /// With [`ErrorKind::Request`], or with [`ErrorKind::OutOfMemory`] for a
+    /// picture that this machine can never hold.
+    fn check(&self, request: &Request) -> Result<(), Error>;
+}
+
 /// Something that draws pictures: a loaded model, a fake in a test, or one
 /// day a remote worker.
 pub trait Generator: Send {
     /// What it is.
     fn info(&self) -> ModelInfo;
 
-    /// Checks a request against what this model can do (sampler, size,
-    /// guidance) without drawing it.
+    /// What checks requests for this model. It stays right for the model's whole life.
+    fn checker(&self) -> Arc<dyn Check>;
+
+    /// Checks a request: see [`Check::check`].
     ///
     /// # Errors
-    /// With [`ErrorKind::Request`].
-    fn check(&self, request: &Request) -> Result<(), Error>;
+    /// As [`Check::check`].
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        self.checker().check(request)
+    }
 
     /// Checks whether these LoRAs can be applied to this model, without
     /// drawing: what a server asks when it starts.
@@ -149,10 +191,27 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of a kind, with its message.
+    /// An error of a kind, with its message, [`clipped`].
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, param: None, message: message.into() }
+        Self { kind, param: None, message: clipped(message) }
     }
+}
+
+/// Longest message, in characters: more than anyone reads.
+const LONGEST: usize = 1200;
+
+/// A message without its middle where it is absurdly long. Messages repeat what
+/// they are about, and a name in a file or a field of a request may be as long as
+/// the file or the request; the cause stands at the beginning and the mend at the end.
+pub fn clipped(message: impl Into<String>) -> String {
+    let message = message.into();
+    let characters = if message.len() > LONGEST { message.chars().count() } else { 0 };
+    if characters <= LONGEST {
+        return message;
+    }
+    let begin = message.chars().take(LONGEST * 2 / 3);
+    let end = message.chars().skip(characters - LONGEST / 4);
+    begin.chain(" … ".chars()).chain(end).collect()
 }
 
 impl fmt::Display for Error {
@@ -165,12 +224,31 @@ impl std::error::Error for Error {}
 
 impl From<crate::request::ParameterError> for Error {
     fn from(e: crate::request::ParameterError) -> Self {
-        Self { kind: ErrorKind::Request, param: Some(e.param), message: e.message }
+        Self { param: Some(e.param), ..Self::new(ErrorKind::Request, e.message) }
     }
 }
 
 impl From<hypergen_tensor::CheckpointError> for Error {
     fn from(e: hypergen_tensor::CheckpointError) -> Self {
         Self::new(ErrorKind::Model, e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_repeats_a_whole_file_keeps_its_cause_and_its_mend() {
+        let message = format!("'{}' is no name: give another", "日".repeat(100_000));
+        let error = Error::new(ErrorKind::Model, message.clone());
+        assert!(error.message.chars().count() <= LONGEST, "{}", error.message.len());
+        assert!(
+            error.message.starts_with("'日日") && error.message.ends_with("日' is no name: give another")
+        );
+        let of_a_parameter = Error::from(crate::ParameterError { param: "size", message });
+        assert_eq!(of_a_parameter.message, error.message);
+        let short = "é".repeat(LONGEST);
+        assert_eq!(Error::new(ErrorKind::Model, short.clone()).message, short);
     }
 }

@@ -26,17 +26,21 @@ pub mod models;
 mod pipeline;
 pub mod presets;
 pub mod prompt;
+mod recognise;
 mod request;
 pub mod samplers;
 mod single_file;
 mod size_conditioning;
 pub mod tokenizer;
 
-pub use generator::{Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage};
+pub use families::FamilyName;
+pub use generator::{
+    Check, Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Silent, Stage, clipped,
+};
 pub use load::{DTypeChoice, LoadOptions, LoadProgress, load};
 pub use pipeline::{Latents, Pipeline};
 pub use request::{
-    CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, ParameterError, Range, Request, STEPS,
-    Size,
+    CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, MAX_PROMPT, ParameterError, Range,
+    Request, STEPS, Size,
 };
 pub use size_conditioning::{Corner, Extent, SizeConditioning};

@@ -5,20 +5,20 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Module, Tensor, TorchGenerator};
+use hypergen_tensor::{Checkpoint, DType, Device, DeviceConfig, Loader, Tensor, TorchGenerator};
 use serde_json::Value;
 
 use crate::conditioning::{TextConditioner, TextPart};
-use crate::families::{self, Family, Traits};
+use crate::families::{self, Family, FamilyName, Traits};
 use crate::files::ModelFiles;
-use crate::lora::{Adapters, Component, DEFAULT_CACHE, Targets};
+use crate::lora::{self, Adapters, Component, DEFAULT_CACHE, Targets};
 use crate::models::text_encoder::{HiddenState, TextEncoder, TextEncoderConfig};
 use crate::models::unet::{UNet, UNetConfig};
 use crate::models::vae::{Decoder, VaeConfig};
-use crate::samplers::Sampler;
+use crate::samplers::{Sampler, SamplerError, SamplerKind};
 use crate::single_file::vae::{self, Vae};
 use crate::tokenizer::Tokenizer;
-use crate::{Error, ErrorKind, ModelInfo, ParameterError, Pipeline, Size, embedded};
+use crate::{Error, ErrorKind, ModelInfo, ParameterError, Pipeline, STEPS, Size, embedded, recognise};
 
 /// The number type that a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +82,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// A VAE to use instead of the model's own: a single file or a folder.
     pub vae: Option<PathBuf>,
+    /// The model's family, where its files do not say it.
+    pub family: Option<FamilyName>,
     /// What the model is called, where its path does not say.
     pub name: Option<String>,
     /// Bytes of weights with LoRAs that are kept for their next request; `None`: 2 GiB.
@@ -138,33 +140,33 @@ pub(crate) fn load_files(
         done.set(done.get() + bytes);
         (progress.borrow_mut())(LoadProgress { done: done.get().min(total), total });
     };
-    let loading = Loading { files, device: &device, dtype, report: &report, modules: RefCell::default() };
+    let loading = Loading { files, device: &device, dtype, report: &report, changeable: RefCell::default() };
 
     let unet = loading.unet(&parts.unet)?;
     let text = loading.text(&parts, &unet)?;
-    let vae = loading.vae(&parts.vae)?;
-    let (channels, latents) = (unet.config().in_channels, vae.config().latent_channels);
-    if channels != latents || unet.config().out_channels != latents {
-        return Err(Error::new(
-            ErrorKind::Model,
-            format!(
-                "the UNet takes {channels} channels and the VAE has {latents}: inpainting and image-to-image \
-                 checkpoints are not supported, and other parts have to belong together"
-            ),
-        ));
-    }
-    let scheduler = scheduler(files, &unet, &device, dtype)?;
-    let sampler = Sampler::new(None, &scheduler, 1).map_err(|e| {
-        Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
-    })?;
+    let vae = loading.vae(&parts)?;
+    check_channels(unet.config(), vae.config())?;
     let embedded = matches!(files, ModelFiles::Embedded);
-    let family = Family::of(&Traits {
+    let traits = |scheduler| Traits {
         embedded,
         xl: parts.xl,
         context: unet.config().levels[0].context,
         guidance_embedding: unet.config().time_cond_proj_dim.is_some(),
-        scheduler: &scheduler,
-    });
+        scheduler,
+    };
+    let (family, scheduler) = match options.family {
+        Some(name) => {
+            let family = Family::named(name, &traits(&Value::Null))?;
+            (family, family_scheduler(files, family))
+        }
+        None => {
+            let scheduler = scheduler(files, &unet, &device, dtype)?;
+            (Family::of(&traits(&scheduler)), scheduler)
+        }
+    };
+    let sampler = own_sampler(&scheduler, family.steps.unwrap_or(STEPS.default)).map_err(|e| {
+        Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
+    })?;
     let native_size = native_size(family, unet.config(), vae.config())
         .map_err(|e| Error::new(ErrorKind::Model, format!("{}: {e}", files.show("unet/config.json"))))?;
     let info = ModelInfo {
@@ -174,7 +176,7 @@ pub(crate) fn load_files(
             .unwrap_or_else(|| model.map_or_else(|| embedded::NAME.to_owned(), model_name)),
         family: family.name.into(),
         native_size,
-        sampler: sampler.kind().name().to_owned(),
+        sampler,
         device: device.name().into(),
         isa: device.isa().to_string(),
         dtype: dtype.name().into(),
@@ -184,8 +186,8 @@ pub(crate) fn load_files(
         default_guidance: family.guidance,
         min_guidance: family.min_guidance,
     };
-    let modules = loading.modules.into_inner();
-    let adapters = Adapters::new(Targets::new(modules), options.lora_cache.unwrap_or(DEFAULT_CACHE));
+    let changeable = loading.changeable.into_inner();
+    let adapters = Adapters::new(Targets::new(changeable), options.lora_cache.unwrap_or(DEFAULT_CACHE));
     device.release_unused();
     Ok(Pipeline {
         info,
@@ -199,6 +201,51 @@ pub(crate) fn load_files(
         native_only: embedded,
         warm: None,
     })
+}
+
+/// Refuses a UNet that takes more than the VAE's latents.
+fn check_channels(unet: &UNetConfig, vae: &VaeConfig) -> Result<(), Error> {
+    let (channels, latents) = (unet.in_channels, vae.latent_channels);
+    if channels == latents && unet.out_channels == latents {
+        return Ok(());
+    }
+    let message = match recognise::channels(channels) {
+        Some(what) if latents == 4 => format!("this is {what}, which is not supported"),
+        _ => format!(
+            "the UNet takes {channels} channels and gives {}, and the VAE has {latents}: the parts have to belong \
+             together",
+            unet.out_channels
+        ),
+    };
+    Err(Error::new(ErrorKind::Model, message))
+}
+
+/// What the checkpoint's own sampler is called. That it cannot be built is no
+/// reason to refuse the model, as long as another one can: a request may name that.
+fn own_sampler(scheduler: &Value, steps: usize) -> Result<String, SamplerError> {
+    let Err(error) = Sampler::new(None, scheduler, steps) else {
+        return Ok(SamplerKind::named_by(scheduler)?.name().to_owned());
+    };
+    if !SamplerKind::ALL.iter().any(|kind| Sampler::new(Some(*kind), scheduler, steps).is_ok()) {
+        return Err(error);
+    }
+    let class = scheduler.get("_class_name").and_then(Value::as_str).unwrap_or("none");
+    let name =
+        SamplerKind::named_by(scheduler).map_or_else(|_| class.chars().take(60).collect(), |k| k.to_string());
+    Ok(match error {
+        SamplerError::Steps(_) => name,
+        _ => format!("{name}, which cannot be used: requests have to name another"),
+    })
+}
+
+/// The scheduler of a family that the user has named, in the place of whatever
+/// the files say; only what a single file says of its prediction stays.
+fn family_scheduler(files: &ModelFiles, family: &Family) -> Value {
+    let scheduler = (family.scheduler)();
+    match files {
+        ModelFiles::Single(single) => single.marked(scheduler),
+        _ => scheduler,
+    }
 }
 
 /// The scheduler's file. A single file of Stable Diffusion 2.x does not say
@@ -231,9 +278,11 @@ fn predicts_noise(unet: &UNet, device: &Device, dtype: DType) -> bool {
 
 /// What the UNet's file says, or else the family.
 fn native_size(family: &Family, unet: &UNetConfig, vae: &VaeConfig) -> Result<Size, ParameterError> {
-    let side = unet.sample_size.map_or(Some(family.native_side), |side| side.checked_mul(vae.factor()));
-    let side = side.unwrap_or(usize::MAX);
-    Size::new(side, side)
+    let [height, width] = match unet.sample_size {
+        Some(sides) => sides.map(|side| side.saturating_mul(vae.factor())),
+        None => [family.native_side; 2],
+    };
+    Size::new(width, height)
         .map_err(|e| ParameterError { message: format!("'sample_size': {}", e.message), ..e })
 }
 
@@ -261,16 +310,8 @@ struct Parts {
 impl Parts {
     fn open(files: &ModelFiles, vae: Option<&Path>) -> Result<Self, Error> {
         let index = files.json("model_index.json")?;
-        let class = index.get("_class_name").and_then(Value::as_str).unwrap_or_default();
+        let class = class(files, &index)?;
         let xl = XL.contains(&class);
-        if !xl && !PLAIN.contains(&class) {
-            let known = [PLAIN, XL].concat().join(", ");
-            let shown = files.show("model_index.json");
-            return Err(Error::new(
-                ErrorKind::Model,
-                format!("{shown} says that this is a {class}; what can be loaded is {known}"),
-            ));
-        }
         let mut text_encoders =
             vec![("tokenizer", "text_encoder", files.checkpoint("text_encoder", "model")?)];
         if xl {
@@ -313,6 +354,29 @@ impl Parts {
     }
 }
 
+/// The pipeline's class, if it is one that we have.
+fn class<'a>(files: &ModelFiles, index: &'a Value) -> Result<&'a str, Error> {
+    let known = [PLAIN, XL].concat().join(", ");
+    let shown = files.show("model_index.json");
+    let message = match index.get("_class_name") {
+        Some(Value::String(class)) if PLAIN.contains(&class.as_str()) || XL.contains(&class.as_str()) => {
+            return Ok(class);
+        }
+        Some(Value::String(class)) => {
+            let what = recognise::class(class).map_or(String::new(), |what| format!(", {what}"));
+            let class: String = class.chars().take(80).collect();
+            format!(
+                "{shown} says that this is a {class}{what}, which is not supported; what can be loaded is {known}"
+            )
+        }
+        other => format!(
+            "{shown} does not say which pipeline this is ('_class_name' is {}); what can be loaded is {known}",
+            other.map_or("absent", |value| if value.is_null() { "null" } else { "no text" })
+        ),
+    };
+    Err(Error::new(ErrorKind::Model, message))
+}
+
 /// What every part is loaded with.
 struct Loading<'a> {
     files: &'a ModelFiles,
@@ -320,7 +384,7 @@ struct Loading<'a> {
     dtype: DType,
     report: &'a dyn Fn(u64),
     /// What LoRAs can change, by the part that it belongs to.
-    modules: RefCell<Vec<(Component, Vec<Module>)>>,
+    changeable: RefCell<Vec<lora::Part>>,
 }
 
 impl Loading<'_> {
@@ -331,17 +395,29 @@ impl Loading<'_> {
         read(&json).map_err(|e| Error { message: format!("{}: {}", self.files.show(&file), e.message), ..e })
     }
 
+    /// Remembers what LoRAs can change of a part that was loaded.
+    fn changeable(&self, component: Component, loader: &Loader<'_>) {
+        let part = lora::Part { component, modules: loader.modules(), vectors: loader.vectors() };
+        self.changeable.borrow_mut().push(part);
+    }
+
     fn unet(&self, checkpoint: &Checkpoint) -> Result<UNet, Error> {
         let config = self.config("unet", UNetConfig::from_json)?;
         let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
         let unet = UNet::load(&loader.root(), config)?;
         nothing_left(&loader, checkpoint, |_| false)?;
-        self.modules.borrow_mut().push((Component::UNet, loader.modules()));
+        self.changeable(Component::UNet, &loader);
         Ok(unet)
     }
 
-    fn vae(&self, vae: &Vae) -> Result<Decoder, Error> {
-        let config = VaeConfig::from_json(&vae.config)
+    fn vae(&self, parts: &Parts) -> Result<Decoder, Error> {
+        let vae = &parts.vae;
+        let mut json = vae.config.clone();
+        if let Some(fields) = json.as_object_mut().filter(|_| !parts.xl) {
+            // Only SDXL's pipeline of diffusers looks at these.
+            fields.retain(|field, _| field != "latents_mean" && field != "latents_std");
+        }
+        let config = VaeConfig::from_json(&json)
             .map_err(|e| Error { message: format!("{}: {}", vae.shown, e.message), ..e })?;
         let checkpoint = &vae.checkpoint;
         let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
@@ -355,13 +431,15 @@ impl Loading<'_> {
         let mut loaded = vec![];
         for (tokenizer, encoder, checkpoint) in &parts.text_encoders {
             let config = self.config(encoder, TextEncoderConfig::from_json)?;
+            // SDXL takes the pooled text of its second encoder, and no other is asked for one.
+            let config = config.projecting(*encoder == "text_encoder_2");
             let (positions, vocab) = (config.max_position_embeddings, config.vocab_size);
             let tokenizer = Tokenizer::load(self.files, tokenizer, positions, vocab)?;
             let loader = Loader::new(checkpoint, self.device, self.dtype, self.report);
             let encoder = TextEncoder::load(&loader.root(), config)?;
             nothing_left(&loader, checkpoint, beside_text_encoder)?;
             let component = if loaded.is_empty() { Component::Text } else { Component::Text2 };
-            self.modules.borrow_mut().push((component, loader.modules()));
+            self.changeable(component, &loader);
             loaded.push(TextPart { tokenizer, encoder });
         }
         // SDXL takes the penultimate layer of both encoders as it is.

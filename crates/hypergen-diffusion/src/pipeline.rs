@@ -5,19 +5,19 @@ use std::time::Instant;
 
 use hypergen_tensor::{DType, Device, Tensor};
 
-use crate::conditioning::{Encoded, TextConditioner};
+use crate::conditioning::{Encoded, PromptReader, TextConditioner};
 use crate::denoising::{Drawing, Guidance, Noise, pass};
 use crate::enlarge::enlarge;
 use crate::finite::finite;
 use crate::lora::{Adapters, Lora};
 use crate::memory;
 use crate::models::unet::{Added, Conditioning, UNet};
-use crate::models::vae::Decoder;
+use crate::models::vae::{Decoder, VaeConfig};
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
-use crate::samplers::{Sampler, Trajectory};
+use crate::samplers::{Sampler, SamplerError, Trajectory};
 use crate::{
-    Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Range,
+    Check, Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture,
     Request, STEPS, Size, SizeConditioning, Stage,
 };
 
@@ -38,6 +38,19 @@ pub struct Pipeline {
     pub(crate) warm: Option<[usize; 4]>,
 }
 
+/// What a loaded model can do: all that a request is checked against, and
+/// none of the weights.
+struct Rules {
+    info: ModelInfo,
+    dtype: DType,
+    text: PromptReader,
+    vae: VaeConfig,
+    /// Whether the UNet is told of sizes, as SDXL's is.
+    takes_sizes: bool,
+    scheduler: serde_json::Value,
+    native_only: bool,
+}
+
 /// Final latents of one request, before decoding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Latents {
@@ -50,17 +63,16 @@ pub struct Latents {
 }
 
 impl Pipeline {
-    /// The size that is drawn for a requested one.
-    fn drawn(&self, requested: Size) -> Size {
-        if self.native_only { self.info.native_size } else { requested }
-    }
-
-    fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
-        Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
-            kind: ErrorKind::Request,
-            param: Some("sampler"),
-            message: e.to_string(),
-        })
+    fn rules(&self) -> Rules {
+        Rules {
+            info: self.info.clone(),
+            dtype: self.dtype,
+            text: self.text.reader().clone(),
+            vae: self.vae.config().clone(),
+            takes_sizes: self.unet.config().text_time.is_some(),
+            scheduler: self.scheduler.clone(),
+            native_only: self.native_only,
+        }
     }
 
     /// The latents that [`Generator::generate`] decodes, for tests against
@@ -80,8 +92,9 @@ impl Pipeline {
                 format!("{first:?} and {other:?} cannot share a batch"),
             ));
         }
-        requests.iter().try_for_each(|r| self.check(r))?;
-        let size = self.drawn(first.size);
+        let rules = self.rules();
+        requests.iter().try_for_each(|r| rules.check(r))?;
+        let size = rules.drawn(first.size);
         memory::check(size, self.vae.config(), self.dtype)?;
         let shape = self.latent_shape(size);
         let [height, width, channels] = shape;
@@ -92,9 +105,10 @@ impl Pipeline {
         }
         stop_if_unwanted(observer, requests.len())?;
         self.adapters.activate(&first.loras, &self.device)?;
-        self.text.set_weights(self.adapters.text());
+        self.text.set_weights(self.adapters.text(), self.adapters.embeddings());
         let started = Instant::now();
-        let mut drawings = requests.iter().map(|r| self.begin(r)).collect::<Result<Vec<_>, _>>()?;
+        let begun = requests.iter().map(|r| self.begin(r, &rules)).collect::<Result<Vec<_>, _>>();
+        let mut drawings = begun.map_err(|e| with_loras(e, first))?;
         observer.stage(Stage::Text, 1, 1, started.elapsed());
         let calls = drawings.iter().map(Drawing::evaluations).max().unwrap_or(0);
         for call in 1..=calls {
@@ -102,7 +116,7 @@ impl Pipeline {
             let started = Instant::now();
             let mut active: Vec<_> = drawings.iter_mut().filter(|d| !d.finished()).collect();
             let outcomes = pass(&self.unet, &self.device, self.dtype, shape, &mut active);
-            outcomes.into_iter().collect::<Result<(), _>>()?;
+            outcomes.into_iter().collect::<Result<(), _>>().map_err(|e| with_loras(e, first))?;
             observer.stage(Stage::Step, call, calls, started.elapsed());
         }
         let latents = drawings.into_iter().map(Drawing::into_latents);
@@ -116,9 +130,9 @@ impl Pipeline {
     }
 
     /// Encodes what a request says, and draws its first noise.
-    fn begin(&mut self, request: &Request) -> Result<Drawing, Error> {
-        let sampler = Arc::new(self.sampler(request)?);
-        let size = self.drawn(request.size);
+    fn begin(&mut self, request: &Request, rules: &Rules) -> Result<Drawing, Error> {
+        let sampler = Arc::new(rules.sampler(request)?);
+        let size = rules.drawn(request.size);
         let guided = request.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
         let conditioning = self.condition(request, guided, size)?;
         let guidance = guided.then_some(Guidance {
@@ -165,20 +179,6 @@ impl Pipeline {
         Ok(pixels.into_iter().map(byte).collect())
     }
 
-    /// Only SDXL is told of sizes.
-    fn check_sizes(&self, request: &Request) -> Result<(), Error> {
-        let told = request.sizes != SizeConditioning::default() || request.negative_sizes.is_some();
-        if !told || self.unet.config().text_time.is_some() {
-            return Ok(());
-        }
-        Err(Error {
-            kind: ErrorKind::Request,
-            param: Some("original_size"),
-            message: "original_size, target_size, crop and their negative_ forms are for SDXL: this model takes none"
-                .into(),
-        })
-    }
-
     fn warnings(&self, request: &Request) -> Result<Vec<String>, Error> {
         let mut warnings = vec![];
         let negative = request.negative_prompt.as_deref();
@@ -197,16 +197,47 @@ impl Pipeline {
     }
 }
 
-impl Generator for Pipeline {
-    fn info(&self) -> ModelInfo {
-        self.info.clone()
+impl Rules {
+    /// The size that is drawn for a requested one.
+    fn drawn(&self, requested: Size) -> Size {
+        if self.native_only { self.info.native_size } else { requested }
     }
 
+    fn sampler(&self, request: &Request) -> Result<Sampler, Error> {
+        Sampler::new(request.sampler, &self.scheduler, request.steps).map_err(|e| Error {
+            kind: ErrorKind::Request,
+            param: Some("sampler"),
+            message: match request.sampler {
+                // The file's own: another may do.
+                None if !matches!(e, SamplerError::Steps(_)) => {
+                    format!("{e}; name another sampler, such as euler")
+                }
+                _ => e.to_string(),
+            },
+        })
+    }
+
+    /// Only SDXL is told of sizes.
+    fn check_sizes(&self, request: &Request) -> Result<(), Error> {
+        let told = request.sizes != SizeConditioning::default() || request.negative_sizes.is_some();
+        if !told || self.takes_sizes {
+            return Ok(());
+        }
+        Err(Error {
+            kind: ErrorKind::Request,
+            param: Some("original_size"),
+            message: "original_size, target_size, crop and their negative_ forms are for SDXL: this model takes none"
+                .into(),
+        })
+    }
+}
+
+impl Check for Rules {
     fn check(&self, request: &Request) -> Result<(), Error> {
         STEPS.check(request.steps)?;
-        Range { min: self.info.min_guidance, ..GUIDANCE_SCALE }.check(request.guidance_scale)?;
+        self.info.check_guidance(GUIDANCE_SCALE.name, request.guidance_scale)?;
         Size::new(request.size.width, request.size.height)?;
-        let factor = self.vae.config().factor();
+        let factor = self.vae.factor();
         let drawn = self.drawn(request.size);
         if !drawn.width.is_multiple_of(factor) || !drawn.height.is_multiple_of(factor) {
             return Err(Error {
@@ -233,7 +264,18 @@ impl Generator for Pipeline {
                 ),
             });
         }
-        self.sampler(request).map(|_| ())
+        self.sampler(request)?;
+        memory::check_total(drawn, &self.vae, self.dtype)
+    }
+}
+
+impl Generator for Pipeline {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(self.rules())
     }
 
     fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {
@@ -242,16 +284,33 @@ impl Generator for Pipeline {
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
         let latents = self.latents(requests, observer)?;
+        let rules = self.rules();
         let mut pictures = vec![];
         for (i, (request, latents)) in requests.iter().zip(&latents).enumerate() {
             stop_if_unwanted(observer, requests.len())?;
             let started = Instant::now();
-            let rgb = enlarge(self.decode(latents)?, self.drawn(request.size), request.size)?;
+            let rgb = enlarge(self.decode(latents)?, rules.drawn(request.size), request.size)?;
             pictures.push(Picture { size: request.size, rgb, warnings: self.warnings(request)? });
             observer.stage(Stage::Decode, i + 1, requests.len(), started.elapsed());
         }
         Ok(pictures)
     }
+}
+
+/// Says of numbers that are none which LoRAs were in use: they are the first to
+/// be suspected.
+fn with_loras(error: Error, request: &Request) -> Error {
+    let used = request.loras.iter().filter(|lora| lora.scale != 0.0);
+    let used: Vec<String> = used.map(|lora| format!("'{}' at scale {}", lora.name, lora.scale)).collect();
+    if error.kind != ErrorKind::Internal || used.is_empty() {
+        return error;
+    }
+    let message = format!(
+        "{}; drawn with the LoRA {}, whose weights or scale may be too large: try it without",
+        error.message,
+        used.join(" and ")
+    );
+    Error { message, ..error }
 }
 
 fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), Error> {

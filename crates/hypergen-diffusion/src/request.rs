@@ -57,6 +57,28 @@ pub const GUIDANCE_RESCALE: Range<f64> = Range { name: "guidance_rescale", min: 
 /// Strength of a LoRA.
 pub const LORA_SCALE: Range<f64> = Range { name: "lora_scale", min: 0.0, max: 2.0, default: 1.0 };
 
+/// Longest prompt, and longest negative one, in characters: what OpenAI's own
+/// API takes, and several times what any syntax here can draw.
+pub const MAX_PROMPT: usize = 32_000;
+
+/// Checks the length of a prompt, which is the value of `param`.
+///
+/// # Errors
+/// When it is longer than [`MAX_PROMPT`].
+pub(crate) fn check_prompt(param: &'static str, text: &str) -> Result<(), ParameterError> {
+    // Counting is only for texts that may be too long.
+    if text.len() <= MAX_PROMPT {
+        return Ok(());
+    }
+    match text.chars().count() {
+        ..=MAX_PROMPT => Ok(()),
+        count => Err(ParameterError {
+            param,
+            message: format!("{param} must have at most {MAX_PROMPT} characters, but has {count}"),
+        }),
+    }
+}
+
 /// A parameter that cannot be used, with a message for the user.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
@@ -91,7 +113,16 @@ impl Size {
     pub fn new(width: usize, height: usize) -> Result<Self, ParameterError> {
         let size = Size { width, height };
         for side in [width, height] {
-            if side == 0 || side % Self::MULTIPLE != 0 {
+            if side == 0 {
+                return Err(ParameterError {
+                    param: "size",
+                    message: format!(
+                        "Invalid size: {size}. Width and height must be at least {0}, and divisible by {0}",
+                        Self::MULTIPLE
+                    ),
+                });
+            }
+            if side % Self::MULTIPLE != 0 {
                 let near = |v: usize| {
                     (v.min(Self::MAX_SIDE).div_ceil(Self::MULTIPLE) * Self::MULTIPLE)
                         .clamp(Self::MULTIPLE, Self::MAX_SIDE)
@@ -217,6 +248,15 @@ impl Request {
             || self.prompt_syntax == other.prompt_syntax
                 && self.prompt == other.prompt
                 && self.negative_prompt == other.negative_prompt
+    }
+
+    /// Checks the lengths of both prompts.
+    ///
+    /// # Errors
+    /// When one is longer than [`MAX_PROMPT`].
+    pub fn check_prompts(&self) -> Result<(), ParameterError> {
+        check_prompt("prompt", &self.prompt)?;
+        check_prompt("negative_prompt", self.negative_prompt.as_deref().unwrap_or_default())
     }
 
     /// The LoRAs that the prompt names, in their order. In plain syntax there

@@ -489,13 +489,6 @@ fn config_rows() -> Vec<Row> {
             &[TEXT_CONFIG, "'hidden_act' relu6"],
         ),
         gone("no scheduler", SCHEDULER, &[SCHEDULER, "is missing"]),
-        field(
-            "an unknown scheduler",
-            SCHEDULER,
-            "_class_name",
-            json!("MagicScheduler"),
-            &[SCHEDULER, "MagicScheduler"],
-        ),
         field("betas beyond 1", SCHEDULER, "beta_end", json!(12), &[SCHEDULER, "beta_end"]),
         field(
             "a schedule of 10^15 steps",

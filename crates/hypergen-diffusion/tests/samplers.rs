@@ -133,7 +133,8 @@ fn distance(case: &Case<'_>, golden: &Golden) -> Result<f64, String> {
 
 /// What is asked for, in units of the latents' scale; what is found is mostly 3e-7.
 fn tolerance(case: &Case<'_>) -> f64 {
-    let name = case.name.unwrap_or_default();
+    let named = || SamplerKind::named_by(case.config).map_or("", SamplerKind::name);
+    let name = case.name.unwrap_or_else(named);
     let rescaled = case.config["rescale_betas_zero_snr"].as_bool().unwrap_or(false);
     let cosine = case.config["beta_schedule"] == "squaredcos_cap_v2";
     match name.split('_').next() {
@@ -194,6 +195,68 @@ fn what_diffusers_cannot_do_is_an_error() {
     assert!(wrong.is_empty(), "{} accepted:\n{}", wrong.len(), wrong.join("\n"));
 }
 
+/// Every field of every class at another value than its default
+/// (`goldens/fields.py`): the loop is diffusers', or an error names the field.
+#[test]
+fn every_field_of_every_class_is_honoured_or_refused() {
+    // What only flow matching, learned variances and other libraries' noise have.
+    const REFUSED: [&str; 5] =
+        ["use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "solver_p", "noise_sampler_seed"];
+    let mut goldens: Value = serde_json::from_str(include_str!("fixtures/fields_samplers.json")).unwrap();
+    let base = goldens["base"].take();
+    for config in goldens["configs"].as_array_mut().unwrap() {
+        for (field, value) in base.as_object().unwrap() {
+            config.as_object_mut().unwrap().entry(field).or_insert(value.clone());
+        }
+    }
+    let (mut wrong, mut drawn) = (Vec::new(), 0);
+    for case in cases(&goldens) {
+        let fields = case.config.as_object().unwrap();
+        let refused = REFUSED.iter().find(|f| fields.contains_key(**f));
+        let problem = match (refused, &case.result, run(&case)) {
+            (Some(field), _, Err(error)) if error.contains(*field) => continue,
+            (Some(field), _, result) => format!("not refused by {field}: {:?}", result.err()),
+            (None, None, Err(_)) => continue,
+            (None, None, Ok(_)) => "accepted, and diffusers fails".to_owned(),
+            (None, Some(golden), _) => match distance(&case, golden) {
+                Ok(far) if far <= tolerance(&case) => {
+                    drawn += 1;
+                    continue;
+                }
+                Ok(far) => format!("off by {far:.2e}"),
+                Err(problem) => problem,
+            },
+        };
+        wrong.push(format!("{}: {problem}", case.config));
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(drawn > 300, "only {drawn}");
+}
+
+/// Values that the classes trip over, though what they mean is plain.
+#[test]
+fn other_ways_to_write_a_value_are_read() {
+    let plain = json!({"beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading"});
+    for (name, fields) in [
+        ("ddim", json!({"num_train_timesteps": 1000.0, "steps_offset": 1.0, "clip_sample": null})),
+        ("euler", json!({"use_karras_sigmas": null, "use_beta_sigmas": null, "timestep_type": null})),
+        ("dpmpp_2m", json!({"solver_order": 2.0, "thresholding": null, "variance_type": "fixed_small"})),
+        ("unipc", json!({"disable_corrector": null, "solver_p": null, "sigma_min": null})),
+        ("lcm", json!({"original_inference_steps": 50.0, "rescale_betas_zero_snr": null})),
+    ] {
+        let mut config = plain.clone();
+        if name == "ddim" {
+            config["clip_sample"] = json!(false);
+        }
+        let drawn = |config: &Value| {
+            run(&Case { name: Some(name), config, steps: 6, seed: 3, result: None }).map(|(x, ..)| x)
+        };
+        let expected = drawn(&config).unwrap();
+        config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(drawn(&config).unwrap_or_else(|e| panic!("{fields}: {e}")), expected, "{fields}");
+    }
+}
+
 fn error(name: Option<&str>, config: Value, steps: usize) -> String {
     let kind = name.map(|n| n.parse().unwrap());
     match Sampler::new(kind, &config, steps) {
@@ -225,7 +288,7 @@ fn bad_fields_are_errors_by_name() {
         ("ddim", "timestep_spacing", json!("karras")),
         ("ddim", "timestep_spacing", json!(null)),
         ("ddim", "steps_offset", json!(-1)),
-        ("ddim", "steps_offset", json!(1.0)),
+        ("ddim", "steps_offset", json!(1.5)),
         ("ddim", "steps_offset", json!(i64::MAX)),
         ("ddim", "clip_sample", json!("true")),
         ("ddim", "clip_sample_range", json!([1.0])),
@@ -246,6 +309,8 @@ fn bad_fields_are_errors_by_name() {
         ("dpmpp_2m", "use_flow_sigmas", json!(true)),
         ("dpmpp_2m", "use_dynamic_shifting", json!(true)),
         ("dpmpp_2m", "variance_type", json!("learned")),
+        ("dpmpp_2s", "variance_type", json!("learned_range")),
+        ("lcm", "original_inference_steps", json!(1001)),
         ("dpmpp_2m", "lambda_min_clipped", json!("low")),
         ("dpmpp_2m", "lambda_min_clipped", json!(1000.0)),
         ("dpmpp_2m", "lower_order_final", json!("no")),
@@ -272,6 +337,10 @@ fn bad_files_and_steps_are_errors() {
         assert!(error(Some(kind.name()), small.clone(), 11).contains("11 steps"), "{kind}");
         assert!(error(Some(kind.name()), small, 0).contains("at least 1"), "{kind}");
     }
+    // The default of a field that is absent may not fit either.
+    let few = json!({"num_train_timesteps": 20});
+    assert!(error(Some("lcm"), few.clone(), 4).contains("original_inference_steps"));
+    assert!(error(Some("tcd"), few, 4).contains("original_inference_steps"));
     // Leading spacing with an offset leaves the table at its noisy end.
     assert!(error(Some("ddim"), json!({"steps_offset": 1}), 1000).contains("fewer steps"));
     let trained = json!({"trained_betas": vec![1.0; 10], "num_train_timesteps": 10});

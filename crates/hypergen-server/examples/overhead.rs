@@ -9,9 +9,10 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hypergen_diffusion::{Error, Generator, ModelInfo, Observer, Picture, Request, Size, Stage};
+use hypergen_diffusion::{Check, Error, Generator, ModelInfo, Observer, Picture, Request, Size, Stage};
 use hypergen_server::{ServeConfig, Server};
 use serde_json::{Value, json};
 
@@ -46,6 +47,15 @@ impl Instantly {
     }
 }
 
+/// Refuses nothing.
+struct Anything;
+
+impl Check for Anything {
+    fn check(&self, _: &Request) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
 impl Generator for Instantly {
     fn info(&self) -> ModelInfo {
         ModelInfo {
@@ -64,8 +74,8 @@ impl Generator for Instantly {
         }
     }
 
-    fn check(&self, _: &Request) -> Result<(), Error> {
-        Ok(())
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(Anything)
     }
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {

@@ -15,26 +15,28 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{
-    CLIP_SKIP, Extent, GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS, SizeConditioning,
+    CLIP_SKIP, Check, Extent, GUIDANCE_SCALE, Generator, ModelInfo, Request, STEPS, SizeConditioning,
 };
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 
-use crate::api::{ApiError, Parameters, Takes};
+use crate::api::{ApiError, Parameters, SHOULD_RETRY, Takes};
 use crate::auth::{self, ApiKey};
-use crate::body::{self, BodyLimits};
+use crate::body::BodyLimits;
 use crate::config::ServeConfig;
 use crate::engine::Engine;
 use crate::error::ServeError;
 use crate::loras::Loras;
 use crate::metrics::Metrics;
 use crate::routes::{docs, generations, health, images, loras, metrics, models};
-use crate::store::ImageStore;
-use crate::{openapi, trace};
+use crate::store::{ImageStore, cause};
+use crate::{message, nothing, openapi, trace};
 
 /// What all the handlers share.
 pub(crate) struct Shared {
     pub(crate) engine: Engine,
+    /// Checks requests while the engine draws.
+    pub(crate) checker: Arc<dyn Check>,
     pub(crate) store: ImageStore,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) parameters: Parameters,
@@ -60,6 +62,7 @@ pub(crate) struct Shared {
 pub struct App {
     pub(crate) shared: Arc<Shared>,
     router: Router,
+    connected: Router,
 }
 
 impl App {
@@ -75,10 +78,11 @@ impl App {
     ) -> Result<Self, ServeError> {
         config.check().map_err(ServeError::Config)?;
         let model = generator.info();
+        let checker = generator.checker();
         let takes = Takes {
-            samplers: samplers(&*generator, &model),
-            sizes: takes_sizes(&*generator, &model),
-            clip_skip: takes_clip_skip(&*generator, &model),
+            samplers: samplers(&*checker, &model),
+            sizes: takes_sizes(&*checker, &model),
+            clip_skip: takes_clip_skip(&*checker, &model),
         };
         let parameters = Parameters::new(&model, &takes, &config.defaults());
         if config.clip_skip > takes.clip_skip {
@@ -89,28 +93,25 @@ impl App {
         }
         if parameters.default_guidance() < parameters.min_guidance() {
             return Err(ServeError::Config(format!(
-                "--default-guidance {} is too small for {}: it takes {} or more",
+                "--default-guidance {} is too small for {}: it takes {} or more; {}",
                 parameters.default_guidance(),
                 model.name,
-                parameters.min_guidance()
+                parameters.min_guidance(),
+                model.guidance_hint()
             )));
         }
         let loras = Loras::new(config).map_err(|e| ServeError::Config(format!("--lora-dir: {e}")))?;
         // What every request would stumble over is said at once.
         let usual = loras.default_loras(None).and_then(|loras| generator.check_loras(&loras));
         usual.map_err(|e| ServeError::Config(format!("--lora: {e}")))?;
-        let store =
-            ImageStore::open(config.image_dir.as_deref(), config.image_ttl.0, config.image_store_size.0)
-                .map_err(|source| ServeError::ImageDir {
-                    folder: config.image_dir.clone().unwrap_or_else(std::env::temp_dir),
-                    source,
-                })?;
+        let store = open_store(config)?;
         let metrics = Arc::new(Metrics::new(&model));
         let engine =
             Engine::start(generator, config.max_queue_size, config.max_batch_size, Arc::clone(&metrics))
                 .map_err(ServeError::Thread)?;
         let shared = Arc::new(Shared {
             engine,
+            checker,
             store,
             metrics,
             model_id: model_id(&model.name),
@@ -130,13 +131,20 @@ impl App {
             loras,
             model,
         });
-        let router = router(Arc::clone(&shared), &config.cors_origins);
-        Ok(Self { shared, router })
+        let routes = routes(Arc::clone(&shared), &config.cors_origins);
+        let traced = middleware::from_fn_with_state(Arc::clone(&shared), trace::trace);
+        let checked = routes.clone().layer(middleware::from_fn(message::check));
+        Ok(Self { shared, router: routes.layer(traced.clone()), connected: checked.layer(traced) })
     }
 
     /// The routes, as a service.
     pub fn router(&self) -> Router {
         self.router.clone()
+    }
+
+    /// The same for requests from a socket, which must be ones of HTTP/1.1.
+    pub(crate) fn connected(&self) -> Router {
+        self.connected.clone()
     }
 
     /// Refuses new generations and answers those that wait with 503; those
@@ -156,18 +164,30 @@ impl App {
     }
 }
 
+/// Opens the store that the settings describe.
+///
+/// # Errors
+/// When its folder cannot be written to.
+pub(crate) fn open_store(config: &ServeConfig) -> Result<ImageStore, ServeError> {
+    let folder = config.image_dir.as_deref();
+    ImageStore::open(folder, config.image_ttl.0, config.image_store_size.0).map_err(|e| {
+        let folder = config.image_dir.clone().unwrap_or_else(std::env::temp_dir);
+        ServeError::ImageDir { folder, cause: cause(&e) }
+    })
+}
+
 /// Whether the model can be told of sizes, as SDXL can.
-fn takes_sizes(generator: &dyn Generator, model: &ModelInfo) -> bool {
+fn takes_sizes(checker: &dyn Check, model: &ModelInfo) -> bool {
     let size = Extent { width: model.native_size.width, height: model.native_size.height };
     let sizes = SizeConditioning { original_size: Some(size), ..SizeConditioning::default() };
-    let told = generator.check(&Request { size: model.native_size, sizes, ..Request::new("") });
+    let told = checker.check(&Request { size: model.native_size, sizes, ..Request::new("") });
     !told.is_err_and(|e| e.param == Some("original_size"))
 }
 
 /// The most layers of its text encoder that the model can do without.
-fn takes_clip_skip(generator: &dyn Generator, model: &ModelInfo) -> usize {
+fn takes_clip_skip(checker: &dyn Check, model: &ModelInfo) -> usize {
     let able = |&clip_skip: &usize| {
-        let told = generator.check(&Request { size: model.native_size, clip_skip, ..Request::new("") });
+        let told = checker.check(&Request { size: model.native_size, clip_skip, ..Request::new("") });
         !told.is_err_and(|e| e.param == Some(CLIP_SKIP.name))
     };
     (CLIP_SKIP.min..=CLIP_SKIP.max).rev().find(able).unwrap_or(CLIP_SKIP.min)
@@ -175,7 +195,7 @@ fn takes_clip_skip(generator: &dyn Generator, model: &ModelInfo) -> usize {
 
 /// The samplers that this model can be drawn with: its schedule may not suit
 /// each. Asked once, so that a request for another is refused before it waits.
-fn samplers(generator: &dyn Generator, model: &ModelInfo) -> Vec<SamplerKind> {
+fn samplers(checker: &dyn Check, model: &ModelInfo) -> Vec<SamplerKind> {
     let able = |sampler| {
         let request = Request {
             size: model.native_size,
@@ -184,14 +204,15 @@ fn samplers(generator: &dyn Generator, model: &ModelInfo) -> Vec<SamplerKind> {
             sampler,
             ..Request::new("")
         };
-        generator.check(&request).is_ok()
+        checker.check(&request).is_ok()
     };
-    // A model that does not even take its own sampler is told off elsewhere.
-    let any = !able(None);
-    SamplerKind::ALL.iter().copied().filter(|sampler| any || able(Some(*sampler))).collect()
+    // A model whose own sampler cannot be used may still be drawn with others.
+    let all = SamplerKind::ALL;
+    let takes: Vec<_> = all.iter().copied().filter(|sampler| able(Some(*sampler))).collect();
+    if takes.is_empty() { all.to_vec() } else { takes }
 }
 
-fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
+fn routes(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
     let keyed = Router::new()
         .route("/v1/images/generations", post(generations::create))
         .route("/v1/models", get(models::list))
@@ -208,38 +229,21 @@ fn router(shared: Arc<Shared>, cors_origins: &[String]) -> Router {
         .route("/docs/docs.css", get(docs::style));
     let mut router = keyed
         .merge(open)
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
-        .with_state(Arc::clone(&shared))
+        .fallback(nothing::not_found)
+        .method_not_allowed_fallback(nothing::method_not_allowed)
+        .with_state(shared)
         .layer(CatchPanicLayer::custom(panicked));
     if !cors_origins.is_empty() {
         router = router.layer(cors(cors_origins));
     }
-    router.layer(middleware::from_fn_with_state(shared, trace::trace))
+    router
 }
 
 async fn require_key(State(app): State<Arc<Shared>>, request: HttpRequest, next: Next) -> Response {
     if auth::allowed(&app.keys, request.headers()) {
         return next.run(request).await;
     }
-    refuse(&app, request, ApiError::unauthorized()).await
-}
-
-async fn not_found(State(app): State<Arc<Shared>>, request: HttpRequest) -> Response {
-    let error = ApiError::not_found("Nothing is here: /docs lists what there is");
-    refuse(&app, request, error).await
-}
-
-async fn method_not_allowed(State(app): State<Arc<Shared>>, request: HttpRequest) -> Response {
-    let error = ApiError::method_not_allowed(request.method().as_str(), request.uri().path());
-    refuse(&app, request, error).await
-}
-
-/// Answers a request whose body nobody will read.
-async fn refuse(app: &Shared, request: HttpRequest, error: ApiError) -> Response {
-    let (parts, body) = request.into_parts();
-    body::discard(&parts.headers, body, app.body_limits).await;
-    error.into_response()
+    nothing::refuse(&app, request, ApiError::unauthorized()).await
 }
 
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
@@ -262,6 +266,7 @@ fn cors(origins: &[String]) -> CorsLayer {
             trace::REQUEST_ID,
             generations::WARNING,
             header::RETRY_AFTER,
+            SHOULD_RETRY,
             HeaderName::from_static("etag"),
         ]))
 }

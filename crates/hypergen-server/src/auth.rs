@@ -29,11 +29,9 @@ impl ApiKey {
     /// In words that do not hold the key: it may be all but a good one.
     pub fn check(&self) -> Result<(), &'static str> {
         match self.0.as_str() {
-            "" => Err(
-                "an API key is empty: give it a value, or leave the setting out for a server without keys",
-            ),
+            "" => Err("--api-key is empty: give it a value, or leave it out for a server without keys"),
             key if key.bytes().all(|b| b.is_ascii_graphic()) => Ok(()),
-            _ => Err("an API key must be printable ASCII without spaces, to fit into a header"),
+            _ => Err("--api-key must be printable ASCII without spaces, to fit into a header"),
         }
     }
 }

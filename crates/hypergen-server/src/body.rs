@@ -28,7 +28,7 @@ const DISCARD_FACTOR: usize = 16;
 /// Reads a JSON object.
 ///
 /// # Errors
-/// 415, 413, 408, or 400 when it is cut off or no JSON object.
+/// 415 (also for a body that is compressed), 413, 408, or 400 when it is cut off or no JSON object.
 pub(crate) async fn read_json(request: Request, limits: BodyLimits) -> Result<Fields, ApiError> {
     let (parts, body) = request.into_parts();
     if let Err(error) = check_head(&parts.headers, limits) {
@@ -44,6 +44,12 @@ fn check_head(headers: &HeaderMap, limits: BodyLimits) -> Result<(), ApiError> {
         headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or("not readable"));
     if !content_type.is_some_and(is_json) {
         return Err(ApiError::unsupported_media_type(content_type));
+    }
+    let identity = |coding: &&str| coding.is_empty() || coding.eq_ignore_ascii_case("identity");
+    let codings = headers.get_all(header::CONTENT_ENCODING).iter();
+    let codings = codings.flat_map(|value| value.to_str().unwrap_or("not readable").split(','));
+    if let Some(coding) = codings.map(str::trim).find(|coding| !identity(coding)) {
+        return Err(ApiError::unsupported_encoding(&coding.chars().take(64).collect::<String>()));
     }
     let length =
         headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());

@@ -6,14 +6,16 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, ValueEnum};
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{
-    CLIP_SKIP, DTypeChoice, GUIDANCE_RESCALE, GUIDANCE_SCALE, LORA_SCALE, LoadOptions, STEPS,
+    CLIP_SKIP, DTypeChoice, FamilyName, GUIDANCE_RESCALE, GUIDANCE_SCALE, LORA_SCALE, LoadOptions, STEPS,
 };
 
 use crate::api::Defaults;
 use crate::auth::ApiKey;
+use crate::logging::LogLevel;
 
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -48,6 +50,10 @@ pub struct ServeConfig {
     #[arg(long, env = "HYPERGEN_VAE", value_name = "PATH")]
     pub vae: Option<PathBuf>,
 
+    /// The model's family, where its files do not say it, such as sdxl-turbo for a distilled model in a single file (default: as recognised)
+    #[arg(long, env = "HYPERGEN_FAMILY", value_name = "FAMILY")]
+    pub family: Option<FamilyName>,
+
     /// Settings in a TOML file; the command line and the environment overrule it
     #[arg(long, env = "HYPERGEN_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -57,7 +63,7 @@ pub struct ServeConfig {
     pub host: String,
 
     /// Port to listen on; 0 for any free one
-    #[arg(long, env = "HYPERGEN_PORT", default_value_t = 8000)]
+    #[arg(long, env = "HYPERGEN_PORT", default_value_t = 8000, value_parser = port)]
     pub port: u16,
 
     /// A key that clients must send as 'Authorization: Bearer KEY'; may be given several times (separated by commas in the environment)
@@ -143,7 +149,7 @@ pub struct ServeConfig {
     pub image_store_size: Bytes,
 
     /// Leave the generation parameters out of the picture files
-    #[arg(long, env = "HYPERGEN_NO_METADATA")]
+    #[arg(long, env = "HYPERGEN_NO_METADATA", value_parser = BoolishValueParser::new())]
     pub no_metadata: bool,
 
     /// A web origin whose pages may use this server, such as https://example.com, or * for all; may be given several times
@@ -170,16 +176,16 @@ pub struct ServeConfig {
     #[arg(long, env = "HYPERGEN_SHUTDOWN_TIMEOUT", default_value = "30s", value_name = "TIME")]
     pub shutdown_timeout: Seconds,
 
-    /// What to log: error, warn, info, debug, trace, or a filter like hypergen_server=debug
-    #[arg(long, env = "HYPERGEN_LOG_LEVEL", default_value = "info")]
-    pub log_level: String,
+    /// What to log: off, error, warn, info, debug or trace; parts may have a level of their own, such as warn,hypergen_server=debug
+    #[arg(long, env = "HYPERGEN_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: LogLevel,
 
     /// Form of the log
     #[arg(long, env = "HYPERGEN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Human)]
     pub log_format: LogFormat,
 
     /// Log the prompts too: they are private otherwise
-    #[arg(long, env = "HYPERGEN_LOG_PROMPTS")]
+    #[arg(long, env = "HYPERGEN_LOG_PROMPTS", value_parser = BoolishValueParser::new())]
     pub log_prompts: bool,
 }
 
@@ -208,6 +214,7 @@ impl ServeConfig {
             dtype: self.dtype,
             threads: self.threads,
             vae: self.vae.clone(),
+            family: self.family,
             lora_cache: Some(usize::try_from(self.lora_cache.0).unwrap_or(usize::MAX)),
             ..LoadOptions::default()
         }
@@ -289,6 +296,10 @@ impl FromStr for Bytes {
         let number: u64 = number.parse().map_err(|_| wrong())?;
         number.checked_mul(factor).map(Self).ok_or_else(wrong)
     }
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| "must be a whole number between 0 and 65535; 0 is any free port".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -386,10 +397,13 @@ mod tests {
         for (args, word) in [
             (vec!["--max-queue-size", "0"], "max-queue-size"),
             (vec!["--threads", "0"], "threads"),
+            (vec!["--port", "65536"], "between 0 and 65535"),
+            (vec!["--log-level", "loud"], "off, error, warn, info, debug, trace"),
             (vec!["--default-steps", "151"], "between 1 and 150"),
             (vec!["--default-guidance", "NaN"], "between 0 and 20"),
             (vec!["--dtype", "int4"], "float32"),
             (vec!["--prompt-syntax", "comfy"], "plain or a1111"),
+            (vec!["--family", "flux"], "sdxl-turbo"),
             (vec!["--clip-skip", "33"], "between 0 and 32"),
             (vec!["--guidance-rescale", "2"], "between 0 and 1"),
             (vec!["--public-url", "pictures.example.com"], "https://"),

@@ -266,7 +266,7 @@ impl Runner {
     /// Draws a batch and tells everybody in it. Where a shared one fails, each
     /// job is drawn by itself, so that nobody fails for another's request.
     fn draw(&mut self, riders: Vec<Rider>) {
-        let riders = self.checked(riders);
+        let riders = self.wanted(riders);
         if riders.is_empty() {
             return;
         }
@@ -296,19 +296,11 @@ impl Runner {
         }
     }
 
-    /// Leaves out what nobody wants any more, and what the model cannot do.
-    fn checked(&self, riders: Vec<Rider>) -> Vec<Rider> {
-        let mut checked = Vec::with_capacity(riders.len());
-        for rider in riders {
-            if !rider.job.wanted() {
-                self.end(&rider.job);
-            } else if let Err(e) = self.generator.check(rider.request()) {
-                self.fail(&rider.job, Failure::Generation(e));
-            } else {
-                checked.push(rider);
-            }
-        }
-        checked
+    /// Leaves out what nobody wants any more.
+    fn wanted(&self, riders: Vec<Rider>) -> Vec<Rider> {
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = riders.into_iter().partition(|rider| rider.job.wanted());
+        unwanted.iter().for_each(|rider| self.end(&rider.job));
+        wanted
     }
 
     fn generate(&mut self, riders: &[Rider]) -> Result<Vec<Picture>, Failure> {
@@ -393,3 +385,6 @@ impl Observer for Watch<'_> {
             || self.riders.get(index).is_none_or(|rider| !rider.job.wanted())
     }
 }
+
+#[cfg(test)]
+mod properties;

@@ -21,17 +21,14 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// The folder for pictures cannot be used.
-    #[error("cannot keep pictures in {folder}: {source} (choose another folder with --image-dir)")]
+    #[error("cannot keep pictures in {folder}: {cause} (choose another folder with --image-dir)")]
     ImageDir {
         /// The folder.
         folder: PathBuf,
         /// What the system says.
-        source: std::io::Error,
+        cause: String,
     },
     /// The system has no thread left.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
-    /// The log's filter is not one.
-    #[error("--log-level '{0}' is no level (error, warn, info, debug, trace) and no filter")]
-    LogLevel(String),
 }

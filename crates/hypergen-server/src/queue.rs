@@ -185,6 +185,9 @@ impl Queue {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use hypergen_diffusion::Size;
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};

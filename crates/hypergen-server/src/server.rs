@@ -22,7 +22,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_io_timeout::TimeoutStream;
 
-use crate::app::{App, Shared};
+use crate::app::{App, Shared, open_store};
 use crate::banner;
 use crate::config::ServeConfig;
 use crate::error::ServeError;
@@ -63,9 +63,12 @@ impl Server {
     /// Takes the address. Nobody can connect before the model is there.
     ///
     /// # Errors
-    /// When the settings do not go together, or the address is taken.
+    /// When the settings do not go together, the folder for pictures cannot be
+    /// written to, or the address is taken.
     pub fn bind(config: ServeConfig) -> Result<Self, ServeError> {
         config.check().map_err(ServeError::Config)?;
+        // Only to find out that it can be: the application opens it for good.
+        drop(open_store(&config)?);
         let shown = match config.host.contains(':') {
             true => format!("[{}]:{}", config.host.trim_matches(['[', ']']), config.port),
             false => format!("{}:{}", config.host, config.port),
@@ -214,7 +217,7 @@ impl Connections {
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.read_timeout)
-            .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(self.app.router()));
+            .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(self.app.connected()));
         let connection = self.watched.watch(connection);
         let shared = Arc::clone(&self.app.shared);
         shared.connections.fetch_add(1, Ordering::Relaxed);

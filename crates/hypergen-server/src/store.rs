@@ -67,7 +67,8 @@ pub(crate) struct Stored {
 #[derive(Debug, Error)]
 pub(crate) enum StoreError {
     #[error(
-        "the picture could not be kept for its URL: {0} (ask for response_format b64_json, or make room in the server's --image-dir)"
+        "the picture could not be kept for its URL: {} (ask for response_format b64_json, or have the server's --image-dir mended)",
+        cause(.0)
     )]
     Disk(#[from] io::Error),
     #[error(
@@ -118,7 +119,7 @@ impl ImageStore {
     /// left in the folder is served on until its time is over.
     ///
     /// # Errors
-    /// When the folder cannot be made or read.
+    /// When the folder cannot be made, read, or written to.
     pub(crate) fn open(folder: Option<&Path>, ttl: Duration, bound: u64) -> io::Result<Self> {
         let (folder, temporary) = match folder {
             Some(folder) => {
@@ -133,7 +134,21 @@ impl ImageStore {
         let store = Self { folder, ttl, bound, index: Mutex::default(), temporary: RwLock::new(temporary) };
         store.scan()?;
         store.sweep();
+        // An earlier server may have had more room.
+        store.shrink(&mut store.lock(), 0);
+        store.probe()?;
         Ok(store)
+    }
+
+    /// Finds out by trying whether files can be written: rights alone do not
+    /// tell, and nor does a disk that is full or can only be read.
+    fn probe(&self) -> io::Result<()> {
+        NamedTempFile::new_in(&self.folder)?.write_all(&[0; 4096])
+    }
+
+    /// Whether there is a picture of this name, without a look at the disk.
+    pub(crate) fn holds(&self, name: &Name) -> bool {
+        self.lock().entries.contains_key(name)
     }
 
     /// Where it keeps its files.
@@ -195,13 +210,18 @@ impl ImageStore {
 
     fn make_room(&self, size: u64, name: &Name) {
         let mut index = self.lock();
-        while index.bytes + size > self.bound {
+        self.shrink(&mut index, size);
+        index.insert(name.clone(), size, SystemTime::now());
+    }
+
+    /// Removes the oldest until `more` bytes fit into the bound, or nothing is left.
+    fn shrink(&self, index: &mut Index, more: u64) {
+        while index.bytes.saturating_add(more) > self.bound {
             let oldest =
                 index.entries.iter().min_by_key(|(_, entry)| entry.order).map(|(name, _)| name.clone());
             let Some(oldest) = oldest else { break };
-            self.remove(&mut index, &oldest);
+            self.remove(index, &oldest);
         }
-        index.insert(name.clone(), size, SystemTime::now());
     }
 
     fn forget(&self, name: &Name) {
@@ -278,6 +298,17 @@ impl ImageStore {
     }
 }
 
+/// What a failure of the disk is, for answers: the system's own words may
+/// hold a path, which is nobody's business.
+pub(crate) fn cause(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::StorageFull => "the disk is full".to_owned(),
+        io::ErrorKind::NotFound => "the folder does not exist".to_owned(),
+        io::ErrorKind::ReadOnlyFilesystem => "the disk can only be read".to_owned(),
+        kind => kind.to_string(),
+    }
+}
+
 /// A new folder under the system's temporary one, for its owner alone.
 fn private_temporary() -> io::Result<TempDir> {
     let mut builder = tempfile::Builder::new();
@@ -295,6 +326,9 @@ fn make_private(folder: &Path) -> io::Result<()> {
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.create(folder)
 }
+
+#[cfg(test)]
+mod properties;
 
 #[cfg(test)]
 mod tests {

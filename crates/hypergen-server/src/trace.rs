@@ -13,6 +13,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Instrument;
 
+use crate::api::Reason;
 use crate::app::Shared;
 
 /// Header with the request's id: the client's own, or one that is made up.
@@ -28,9 +29,11 @@ pub(crate) async fn trace(State(app): State<Arc<Shared>>, request: Request, next
     let route = route(&request);
     let text = id.to_str().unwrap_or_default();
     let span = tracing::info_span!("request", id = text, method = %method(&request), route);
-    let mut guard = Guard { app, route, span: span.clone(), start: Instant::now(), status: CLIENT_LEFT };
+    let start = Instant::now();
+    let mut guard = Guard { app, route, span: span.clone(), start, status: CLIENT_LEFT, reason: None };
     let mut response = next.run(request).instrument(span).await;
     guard.status = response.status().as_u16();
+    guard.reason = response.extensions_mut().remove();
     drop(guard);
     response.headers_mut().insert(REQUEST_ID, id);
     response
@@ -43,6 +46,8 @@ struct Guard {
     span: tracing::Span,
     start: Instant,
     status: u16,
+    /// Why the server failed. Refusals have none: they may repeat what is private.
+    reason: Option<Reason>,
 }
 
 impl Drop for Guard {
@@ -53,7 +58,10 @@ impl Drop for Guard {
         let (status, ms) = (self.status, elapsed.as_millis() as u64);
         match self.status {
             CLIENT_LEFT => tracing::info!(status, ms, "the client left"),
-            500.. => tracing::error!(status, ms, "answered"),
+            500.. => {
+                let reason = self.reason.as_ref().map(|reason| reason.0.as_str());
+                tracing::error!(status, ms, reason, "answered");
+            }
             // What is asked every few seconds is of no interest.
             _ if matches!(self.route, "/health" | "/metrics") => tracing::debug!(status, ms, "answered"),
             _ => tracing::info!(status, ms, "answered"),
@@ -77,10 +85,11 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// The request's route, from a fixed list: a label must not grow.
 fn route(request: &Request) -> &'static str {
-    const ROUTES: [&str; 10] = [
+    const ROUTES: [&str; 11] = [
         "/v1/images/generations",
         "/v1/models",
         "/v1/models/{*id}",
+        "/v1/loras",
         "/health",
         "/metrics",
         "/images/{name}",

@@ -2,17 +2,22 @@
 //! the binary. Files are memory-mapped and nothing is copied before a tensor
 //! is packed. Pickles are not read, here or anywhere.
 
+mod numbers;
+mod refused;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use memmap2::{Mmap, MmapMut, UncheckedAdvice};
-use safetensors::{SafeTensorError, SafeTensors};
+use safetensors::SafeTensors;
 use thiserror::Error;
+
+pub use numbers::FileDType;
+use numbers::widen;
+use refused::{MAX_HEADER, explain, file_size, foreign};
 
 /// Why a checkpoint cannot be read.
 #[derive(Debug, Error)]
@@ -75,27 +80,6 @@ pub enum CheckpointError {
     },
 }
 
-/// Number types that weights are stored in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileDType {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl FileDType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
@@ -137,6 +121,11 @@ pub struct Renamed {
 }
 
 impl TensorInfo {
+    /// The number type, where it is one that is read.
+    pub fn dtype(&self) -> Option<FileDType> {
+        self.dtype.as_ref().ok().copied()
+    }
+
     /// Stored size.
     pub fn bytes(&self) -> u64 {
         (self.end - self.start) as u64
@@ -206,18 +195,13 @@ impl Checkpoint {
     pub fn read(path: &Path, label: &str, limit: u64) -> Result<Self, CheckpointError> {
         let io = |source| CheckpointError::Io { path: label.to_owned(), source };
         let wrong = |reason: String| CheckpointError::Format { path: label.to_owned(), reason };
+        file_size(path, label)?;
         let mut file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(wrong("it is not a file".into()));
+        let size = file.metadata().map_err(io)?.len();
+        if size > limit {
+            return Err(wrong(format!("its {size} bytes are more than the {limit} allowed")));
         }
-        if metadata.len() == 0 {
-            return Err(wrong("it is empty".into()));
-        }
-        if metadata.len() > limit {
-            return Err(wrong(format!("its {} bytes are more than the {limit} allowed", metadata.len())));
-        }
-        let len = usize::try_from(metadata.len()).map_err(|e| wrong(e.to_string()))?;
+        let len = usize::try_from(size).map_err(|e| wrong(e.to_string()))?;
         let mut bytes = MmapMut::map_anon(len).map_err(io)?;
         // A hint: fresh memory arrives much faster in huge pages.
         #[cfg(target_os = "linux")]
@@ -236,6 +220,10 @@ impl Checkpoint {
     pub fn open_index(path: &Path) -> Result<Self, CheckpointError> {
         let label = path.display().to_string();
         let wrong = |reason: String| CheckpointError::Index { path: label.clone(), reason };
+        let size = file_size(path, &label)?;
+        if size > MAX_HEADER {
+            return Err(wrong(format!("it has {size} bytes, and no index has more than {MAX_HEADER}")));
+        }
         let text =
             std::fs::read(path).map_err(|source| CheckpointError::Io { path: label.clone(), source })?;
         let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
@@ -296,15 +284,8 @@ impl Checkpoint {
 
     fn add_file(&mut self, path: &Path, label: String) -> Result<(), CheckpointError> {
         let io = |source| CheckpointError::Io { path: label.clone(), source };
+        file_size(path, &label)?;
         let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            let what = if metadata.is_dir() { "it is a folder" } else { "it is not a file" };
-            return Err(CheckpointError::Format { path: label, reason: what.into() });
-        }
-        if metadata.len() == 0 {
-            return Err(CheckpointError::Format { path: label, reason: "it is empty".into() });
-        }
         // SAFETY: the mapping is read-only and private. Should another process
         // shorten the file meanwhile, reads beyond its end raise SIGBUS; that
         // is the known price of mapping, and every reader of weights pays it.
@@ -315,6 +296,13 @@ impl Checkpoint {
     fn add(&mut self, label: String, bytes: Bytes) -> Result<(), CheckpointError> {
         let wrong = |reason: String| CheckpointError::Format { path: label.clone(), reason };
         let data = bytes.as_slice();
+        let declared = data.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+        // A longer one than the file is told of below.
+        if declared > MAX_HEADER && declared <= data.len() as u64 {
+            return Err(wrong(format!(
+                "its header has {declared} bytes, and no model's has more than {MAX_HEADER}"
+            )));
+        }
         let (header, metadata) = SafeTensors::read_metadata(data)
             .map_err(|e| wrong(foreign(data).unwrap_or_else(|| explain(&e, data.len()))))?;
         // The crate checks offsets against each other; the end of the file is for us to check.
@@ -333,7 +321,7 @@ impl Checkpoint {
                     data.len()
                 )));
             }
-            let dtype = file_dtype(info.dtype);
+            let dtype = FileDType::of(info.dtype);
             let info = TensorInfo {
                 shape: info.shape.clone(),
                 dtype,
@@ -443,16 +431,31 @@ impl Checkpoint {
                 expected: expected.to_vec(),
             });
         }
-        let dtype = info.dtype.clone().map_err(|found| CheckpointError::Type {
-            name: name.to_owned(),
-            path: path.clone(),
-            found,
-        })?;
+        match &info.dtype {
+            Ok(dtype) if !dtype.is_of_weights() => Err(self.type_error(name, dtype.name())),
+            _ => self.stored(name),
+        }
+    }
+
+    /// A tensor's values in the shape that it has, of any number type.
+    ///
+    /// # Errors
+    /// When it is missing, or of a type that is not read at all.
+    pub fn stored(&self, name: &str) -> Result<Values<'_>, CheckpointError> {
+        let info = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
         Ok(Values(Source::Stored {
             bytes: &self.sources[info.source].bytes.as_slice()[info.start..info.end],
-            dtype,
+            dtype: info.dtype.clone().map_err(|found| self.type_error(name, &found))?,
             columns: info.transposed.then(|| info.shape[0]),
         }))
+    }
+
+    fn type_error(&self, name: &str, found: &str) -> CheckpointError {
+        let path = match self.tensors.get(name) {
+            Some(info) => self.sources[info.source].label.clone(),
+            None => self.label.clone(),
+        };
+        CheckpointError::Type { name: name.to_owned(), path, found: found.to_owned() }
     }
 
     /// Tells the system that a tensor's pages are not needed again: while a
@@ -529,32 +532,6 @@ impl Values<'_> {
     }
 }
 
-fn widen(bytes: &[u8], dtype: FileDType, out: &mut [f32]) {
-    match dtype {
-        FileDType::F32 => {
-            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *out = f32::from_le_bytes(*b);
-            }
-        }
-        FileDType::F16 => {
-            // A slice at once: single values are widened far slower.
-            let mut halves = [f16::ZERO; 256];
-            for (out, bytes) in out.chunks_mut(halves.len()).zip(bytes.chunks(2 * halves.len())) {
-                let halves = &mut halves[..out.len()];
-                for (half, b) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *half = f16::from_le_bytes(*b);
-                }
-                halves.convert_to_f32_slice(out);
-            }
-        }
-        FileDType::Bf16 => {
-            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = bf16::from_le_bytes(*b).to_f32();
-            }
-        }
-    }
-}
-
 /// Random weights: matrices keep the variance of what goes through them,
 /// scales are 1 and shifts 0.
 #[derive(Clone, Copy)]
@@ -595,15 +572,6 @@ fn trimmed(shape: &[usize]) -> &[usize] {
     &shape[..shape.len() - ones]
 }
 
-fn file_dtype(dtype: safetensors::Dtype) -> Result<FileDType, String> {
-    match dtype {
-        safetensors::Dtype::F32 => Ok(FileDType::F32),
-        safetensors::Dtype::F16 => Ok(FileDType::F16),
-        safetensors::Dtype::BF16 => Ok(FileDType::Bf16),
-        other => Err(format!("{other:?}")),
-    }
-}
-
 /// A shard's file name, if it is just that.
 fn beside(file: &str) -> Result<PathBuf, String> {
     let path = Path::new(file);
@@ -611,52 +579,6 @@ fn beside(file: &str) -> Result<PathBuf, String> {
     match (parts.next(), parts.next()) {
         (Some(Component::Normal(_)), None) if file.ends_with(".safetensors") => Ok(path.to_owned()),
         _ => Err(format!("'{file}' is not the name of a safetensors file beside the index")),
-    }
-}
-
-/// What a file that is no safetensors file is, by how it begins.
-fn foreign(data: &[u8]) -> Option<String> {
-    let page = |tag: &[u8]| data.get(..tag.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(tag));
-    let what = match data {
-        // A zip archive, and the pickle protocols 2 to 5: both forms of torch.save.
-        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
-            "it is a pickle, which can run code when it is read, and is never read here: get the model's .safetensors \
-             file, or convert it where you trust it"
-        }
-        _ if data.starts_with(b"version https://git-lfs") => {
-            "it is a Git LFS pointer and not the file itself: run 'git lfs pull' where it came from"
-        }
-        _ if page(b"<!doctype html") || page(b"<html") => {
-            "it is a web page: the download asked for a login or failed; download the file again"
-        }
-        _ if data.starts_with(b"GGUF") => "it is a GGUF file; only safetensors files are read",
-        _ => return None,
-    };
-    Some(what.to_owned())
-}
-
-/// Words for the reader's terse errors, with the mend.
-fn explain(error: &SafeTensorError, len: usize) -> String {
-    let again = "the file is truncated or damaged: download it again";
-    match error {
-        SafeTensorError::HeaderTooSmall => format!("it has only {len} bytes; {again}"),
-        SafeTensorError::InvalidHeaderLength | SafeTensorError::MetadataIncompleteBuffer => {
-            format!("its {len} bytes are not as many as its header says; {again}")
-        }
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => {
-            "it does not begin with a safetensors header; it is of another format".to_owned()
-        }
-        SafeTensorError::InvalidHeaderDeserialization(e) => {
-            format!("its header does not parse ({e}); {again}")
-        }
-        SafeTensorError::InvalidOffset(tensor) => {
-            format!("the place of its tensor '{tensor}' makes no sense; {again}")
-        }
-        SafeTensorError::TensorInvalidInfo => {
-            format!("a tensor's type and shape do not fit the bytes that it has; {again}")
-        }
-        SafeTensorError::ValidationOverflow => format!("a tensor's shape is absurdly large; {again}"),
-        other => other.to_string(),
     }
 }
 

@@ -15,7 +15,10 @@ pub mod random;
 mod tensor;
 mod weights;
 
-pub use changes::{Change, Changed, Delta, Magnitude, Memory, Module, Product, apply, bytes_to_change};
+pub use changes::{
+    Change, Changed, Delta, Lengths, Magnitude, Memory, Module, Product, Vector, apply, bytes_to_change,
+    overflowing,
+};
 pub use checkpoint::{Checkpoint, CheckpointError, FileDType, Part, Renamed, TensorInfo};
 pub use device::{Device, DeviceConfig};
 pub use hypergen_cpu::{Activation, CpuError};

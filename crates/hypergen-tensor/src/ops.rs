@@ -7,7 +7,7 @@
 use half::bf16;
 use hypergen_cpu::{self as kernels, Activation, AttentionShape, ConvShape, GroupBias, GroupNormShape};
 
-use crate::packed::{Conv, GegluProjection, Linear, MatrixOf, Norm};
+use crate::packed::{Conv, GegluProjection, Linear, MatrixOf, Norm, present};
 use crate::tensor::{DType, Shape, Stored, Tensor};
 
 /// An element type that every operation exists for.
@@ -78,7 +78,8 @@ impl<'a> Epilogue<'a> {
 pub fn linear(x: &Tensor, layer: &Linear, epilogue: Epilogue<'_>) -> Tensor {
     fn typed<T: Number>(x: &Tensor, layer: &Linear, epilogue: &Epilogue<'_>) -> Tensor {
         let shape = x.shape().with_last(layer.matrix.n());
-        let lowered = epilogue.lower::<T>(layer.bias.as_deref(), shape);
+        let bias = present(layer.bias.as_ref());
+        let lowered = epilogue.lower::<T>(bias.as_deref().map(Vec::as_slice), shape);
         Tensor::build::<T>(x.device(), shape, |out| {
             kernels::linear(
                 x.device().cpu_kernels(),
@@ -108,7 +109,8 @@ pub fn geglu(x: &Tensor, layer: &GegluProjection) -> Tensor {
     fn typed<T: Number>(x: &Tensor, layer: &GegluProjection) -> Tensor {
         let shape = x.shape().with_last(layer.matrix.n() / 2);
         Tensor::build::<T>(x.device(), shape, |out| {
-            let bias = layer.bias.as_deref();
+            let bias = present(layer.bias.as_ref());
+            let bias = bias.as_deref().map(Vec::as_slice);
             kernels::geglu(x.device().cpu_kernels(), x.slice(), T::matrix(&layer.matrix.get()), bias, out);
         })
     }
@@ -142,7 +144,8 @@ pub enum Window {
 pub fn conv2d(x: &Tensor, layer: &Conv, window: Window, epilogue: Epilogue<'_>) -> Tensor {
     fn typed<T: Number>(x: &Tensor, layer: &Conv, shape: &ConvShape, epilogue: &Epilogue<'_>) -> Tensor {
         let out_shape = Shape::from([shape.batch, shape.out_h, shape.out_w, layer.matrix.n()]);
-        let lowered = epilogue.lower::<T>(layer.bias.as_deref(), out_shape);
+        let bias = present(layer.bias.as_ref());
+        let lowered = epilogue.lower::<T>(bias.as_deref().map(Vec::as_slice), out_shape);
         Tensor::build::<T>(x.device(), out_shape, |out| {
             kernels::conv2d(
                 x.device().cpu_kernels(),
@@ -203,7 +206,7 @@ pub fn group_norm(x: &Tensor, norm: &Norm, groups: usize, activation: Activation
     fn typed<T: Number>(x: &Tensor, norm: &Norm, shape: &GroupNormShape, activation: Activation) -> Tensor {
         Tensor::build::<T>(x.device(), x.shape(), |out| {
             let cpu = x.device().cpu_kernels();
-            kernels::group_norm(cpu, x.slice(), shape, &norm.gamma, &norm.beta, activation, out);
+            kernels::group_norm(cpu, x.slice(), shape, &norm.gamma.get(), &norm.beta.get(), activation, out);
         })
     }
     let (batch, channels) = (x.dims()[0], x.shape().last());
@@ -218,7 +221,8 @@ pub fn layer_norm(x: &Tensor, norm: &Norm) -> Tensor {
     fn typed<T: Number>(x: &Tensor, norm: &Norm) -> Tensor {
         Tensor::build::<T>(x.device(), x.shape(), |out| {
             let cpu = x.device().cpu_kernels();
-            kernels::layer_norm(cpu, x.slice(), x.shape().last(), norm.eps, &norm.gamma, &norm.beta, out);
+            let (gamma, beta) = (norm.gamma.get(), norm.beta.get());
+            kernels::layer_norm(cpu, x.slice(), x.shape().last(), norm.eps, &gamma, &beta, out);
         })
     }
     let channels = x.shape().last();
@@ -372,23 +376,39 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Tensor {
 }
 
 /// Rows of a table `[rows, c]` by index, each plus its position's row of
-/// `positions[tokens, c]`: `[n, tokens, c]`.
+/// `positions[tokens, c]`: `[n, tokens, c]`. The rows of `more`, if given,
+/// follow those of the table.
 ///
 /// # Panics
-/// When an index lies outside the table; tokenizers are checked at load.
-pub fn embed(table: &Tensor, positions: &Tensor, ids: &[u32], tokens: usize) -> Tensor {
-    fn typed<T: Number>(table: &Tensor, positions: &Tensor, ids: &[u32], tokens: usize) -> Tensor {
+/// When an index lies outside of both; tokenizers are checked at load.
+pub fn embed(
+    table: &Tensor,
+    more: Option<&Tensor>,
+    positions: &Tensor,
+    ids: &[u32],
+    tokens: usize,
+) -> Tensor {
+    fn typed<T: Number>(
+        table: &Tensor,
+        more: Option<&Tensor>,
+        positions: &Tensor,
+        ids: &[u32],
+        tokens: usize,
+    ) -> Tensor {
         let c = table.shape().last();
         Tensor::build::<T>(table.device(), Shape::from([ids.len() / tokens, tokens, c]), |out| {
             let (table, positions) = (table.slice::<T>(), positions.slice::<T>());
+            let more = more.map_or(&[][..], Tensor::slice::<T>);
             for (i, (out, &id)) in out.chunks_exact_mut(c).zip(ids).enumerate() {
-                let row = &table[id as usize * c..][..c];
+                let start = id as usize * c;
+                let row = table.get(start..).filter(|rest| rest.len() >= c);
+                let row = row.unwrap_or_else(|| &more[start - table.len()..]);
                 let position = &positions[i % tokens * c..][..c];
-                for ((out, a), b) in out.iter_mut().zip(row).zip(position) {
+                for ((out, a), b) in out.iter_mut().zip(&row[..c]).zip(position) {
                     *out = T::from_f32(a.to_f32() + b.to_f32());
                 }
             }
         })
     }
-    by_type!(table, typed(table, positions, ids, tokens))
+    by_type!(table, typed(table, more, positions, ids, tokens))
 }

@@ -87,45 +87,55 @@ impl Matrix {
     }
 }
 
-/// A packed matrix, and what stands in for it at the moment. Clones are the
-/// same slot.
-#[derive(Clone)]
-pub(crate) struct Slot(Arc<Places>);
+/// A packed matrix or a vector, and what stands in for it at the moment. Clones
+/// are the same slot.
+pub(crate) struct Slot<T = Matrix>(Arc<Places<T>>);
 
-struct Places {
-    base: Arc<Matrix>,
-    current: RwLock<Arc<Matrix>>,
+struct Places<T> {
+    base: Arc<T>,
+    current: RwLock<Arc<T>>,
 }
 
-impl Slot {
-    pub(crate) fn new(matrix: Matrix) -> Self {
-        let base = Arc::new(matrix);
+/// A bias, or the scale of a normalisation.
+pub(crate) type VectorSlot = Slot<Vec<f32>>;
+
+impl<T> Clone for Slot<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> Slot<T> {
+    pub(crate) fn new(weights: T) -> Self {
+        let base = Arc::new(weights);
         let current = RwLock::new(Arc::clone(&base));
         Self(Arc::new(Places { base, current }))
     }
 
     /// What operations compute with.
-    pub(crate) fn get(&self) -> Arc<Matrix> {
+    pub(crate) fn get(&self) -> Arc<T> {
         // A lock is held only to exchange a pointer: nothing can be half done.
         Arc::clone(&self.0.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// What was loaded.
-    pub(crate) fn base(&self) -> &Arc<Matrix> {
+    pub(crate) fn base(&self) -> &Arc<T> {
         &self.0.base
     }
 
-    /// Lets operations compute with `matrix` from now on, which has the shape
-    /// of the loaded one.
-    pub(crate) fn set(&self, matrix: Arc<Matrix>) {
-        *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = matrix;
+    /// Lets operations compute with `weights` from now on, which have the shape
+    /// of the loaded ones.
+    pub(crate) fn set(&self, weights: Arc<T>) {
+        *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = weights;
     }
 
     /// A number that only clones of this slot have.
     pub(crate) fn address(&self) -> usize {
         Arc::as_ptr(&self.0).addr()
     }
+}
 
+impl Slot {
     /// Outputs.
     pub(crate) fn n(&self) -> usize {
         self.0.base.n()
@@ -141,7 +151,12 @@ impl Slot {
 /// picture in NHWC is one, too.
 pub struct Linear {
     pub(crate) matrix: Slot,
-    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) bias: Option<VectorSlot>,
+}
+
+/// The present values of a bias.
+pub(crate) fn present(bias: Option<&VectorSlot>) -> Option<Arc<Vec<f32>>> {
+    bias.map(Slot::get)
 }
 
 impl Linear {
@@ -154,19 +169,19 @@ impl Linear {
 /// The projection of a gated feed-forward layer; its halves are interleaved.
 pub struct GegluProjection {
     pub(crate) matrix: Slot,
-    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) bias: Option<VectorSlot>,
 }
 
 /// A convolution; kernels are square.
 pub struct Conv {
     pub(crate) matrix: Slot,
-    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) bias: Option<VectorSlot>,
     pub(crate) kernel: usize,
 }
 
 /// Scale and shift of a normalisation, with its epsilon.
 pub struct Norm {
-    pub(crate) gamma: Vec<f32>,
-    pub(crate) beta: Vec<f32>,
+    pub(crate) gamma: VectorSlot,
+    pub(crate) beta: VectorSlot,
     pub(crate) eps: f32,
 }

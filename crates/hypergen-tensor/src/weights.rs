@@ -9,9 +9,9 @@ use std::fmt::Display;
 use hypergen_cpu::PackedMatrix;
 
 use crate::Device;
-use crate::changes::Module;
+use crate::changes::{Module, Vector};
 use crate::checkpoint::{Checkpoint, CheckpointError, Values};
-use crate::packed::{Conv, GegluProjection, Linear, Matrix, Norm, Slot};
+use crate::packed::{Conv, GegluProjection, Linear, Matrix, Norm, Slot, VectorSlot};
 use crate::tensor::{DType, Tensor};
 
 /// Loads the parts of one checkpoint onto a device, and keeps account of what
@@ -22,6 +22,7 @@ pub struct Loader<'a> {
     dtype: DType,
     used: RefCell<HashSet<String>>,
     modules: RefCell<Vec<Module>>,
+    vectors: RefCell<Vec<Vector>>,
     progress: &'a dyn Fn(u64),
 }
 
@@ -33,7 +34,15 @@ impl<'a> Loader<'a> {
         dtype: DType,
         progress: &'a dyn Fn(u64),
     ) -> Self {
-        Self { checkpoint, device, dtype, used: RefCell::default(), modules: RefCell::default(), progress }
+        Self {
+            checkpoint,
+            device,
+            dtype,
+            used: RefCell::default(),
+            modules: RefCell::default(),
+            vectors: RefCell::default(),
+            progress,
+        }
     }
 
     /// The root of the names.
@@ -54,6 +63,11 @@ impl<'a> Loader<'a> {
     /// has in the checkpoint, wherever it was packed: what can be changed later.
     pub fn modules(&self) -> Vec<Module> {
         self.modules.borrow().clone()
+    }
+
+    /// The biases and the scales of normalisations loaded so far, in the same way.
+    pub fn vectors(&self) -> Vec<Vector> {
+        self.vectors.borrow().clone()
     }
 
     fn note(&self, name: &str) {
@@ -132,8 +146,12 @@ impl<'a> Weights<'a> {
         let bias = match bias {
             false => None,
             true => {
-                let parts: Result<Vec<_>, _> = parts.iter().map(|p| p.vector("bias", outputs)).collect();
-                Some(parts?.concat())
+                let values: Result<Vec<_>, _> = parts.iter().map(|p| p.vector("bias", outputs)).collect();
+                let slot = Slot::new(values?.concat());
+                for (i, part) in parts.iter().enumerate() {
+                    part.changeable("bias", &slot, i * outputs, outputs);
+                }
+                Some(slot)
             }
         };
         Ok(Linear { matrix, bias })
@@ -155,7 +173,7 @@ impl<'a> Weights<'a> {
         let matrix = Slot::new(matrix);
         self.done("weight");
         self.module(&matrix, 0, n, 1);
-        Ok(GegluProjection { matrix, bias: Some(self.vector("bias", n)?) })
+        Ok(GegluProjection { matrix, bias: Some(self.slot("bias", n)?) })
     }
 
     /// A convolution with a square kernel, with bias.
@@ -178,7 +196,7 @@ impl<'a> Weights<'a> {
         let matrix = Slot::new(matrix);
         self.done("weight");
         self.module(&matrix, 0, outputs, kernel);
-        Ok(Conv { matrix, bias: Some(self.vector("bias", outputs)?), kernel })
+        Ok(Conv { matrix, bias: Some(self.slot("bias", outputs)?), kernel })
     }
 
     /// Scale and shift of a normalisation.
@@ -186,7 +204,7 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// When a tensor is missing or does not fit.
     pub fn norm(&self, channels: usize, eps: f64) -> Result<Norm, CheckpointError> {
-        let (gamma, beta) = (self.vector("weight", channels)?, self.vector("bias", channels)?);
+        let (gamma, beta) = (self.slot("weight", channels)?, self.slot("bias", channels)?);
         Ok(Norm { gamma, beta, eps: eps as f32 })
     }
 
@@ -208,6 +226,19 @@ impl<'a> Weights<'a> {
         let values = self.values(name, &[len])?.to_vec();
         self.done(name);
         Ok(values)
+    }
+
+    /// A vector that can be changed later.
+    fn slot(&self, tensor: &str, len: usize) -> Result<VectorSlot, CheckpointError> {
+        let slot = Slot::new(self.vector(tensor, len)?);
+        self.changeable(tensor, &slot, 0, len);
+        Ok(slot)
+    }
+
+    /// Remembers where a vector here was put: `len` values of `slot` from `first` on.
+    fn changeable(&self, tensor: &str, slot: &VectorSlot, first: usize, len: usize) {
+        let vector = Vector::new(self.name(tensor), slot.clone(), first, len);
+        self.loader.vectors.borrow_mut().push(vector);
     }
 
     fn values(&self, tensor: &str, shape: &[usize]) -> Result<Values<'a>, CheckpointError> {

@@ -4,12 +4,13 @@
 //! they come from their one declaration in `hypergen_diffusion`.
 
 use std::num::NonZeroU16;
+use std::str::FromStr;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
 use hypergen_diffusion::presets::Preset;
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{DTypeChoice, GUIDANCE_SCALE, IMAGES, STEPS, Size};
+use hypergen_diffusion::{DTypeChoice, FamilyName, GUIDANCE_SCALE, IMAGES, STEPS, Size};
 use hypergen_server::ServeConfig;
 
 use crate::loras::LoraArgs;
@@ -62,6 +63,10 @@ pub(crate) struct GenerateArgs {
     #[arg(long, env = "HYPERGEN_VAE", hide_env_values = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     pub(crate) vae: Option<std::path::PathBuf>,
 
+    /// The model's family, where its files do not say it: a distilled model in a single file, see docs/models.md [default: as recognised].
+    #[arg(long, env = "HYPERGEN_FAMILY", hide_env_values = true, value_name = "FAMILY", value_parser = family_parser())]
+    pub(crate) family: Option<FamilyName>,
+
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help = OUTPUT_HELP, long_help = OUTPUT_LONG_HELP)]
     pub(crate) output: Option<std::path::PathBuf>,
 
@@ -70,6 +75,7 @@ pub(crate) struct GenerateArgs {
         long = "n",
         value_name = "COUNT",
         default_value_t = IMAGES.default,
+        value_parser = whole::<usize>,
         help = format!("Number of pictures, {} to {}; picture i has the seed SEED + i, from 0", IMAGES.min, IMAGES.max)
     )]
     pub(crate) count: usize,
@@ -80,6 +86,7 @@ pub(crate) struct GenerateArgs {
     #[arg(
         long,
         value_name = "STEPS",
+        value_parser = whole::<usize>,
         help = format!("Denoising steps, {} to {} [default: {}, or the model's own]", STEPS.min, STEPS.max, STEPS.default)
     )]
     pub(crate) steps: Option<usize>,
@@ -87,7 +94,7 @@ pub(crate) struct GenerateArgs {
     #[arg(
         long,
         value_name = "SCALE",
-        allow_negative_numbers = true,
+        value_parser = number,
         help = format!(
             "How closely to follow the prompt, {} to {}; 1 turns guidance off and halves the time [default: {}, or the model's own]",
             GUIDANCE_SCALE.min, GUIDANCE_SCALE.max, GUIDANCE_SCALE.default
@@ -96,7 +103,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) guidance_scale: Option<f64>,
 
     /// Seed of the noise, 0 to 2^64-1: the same seed draws the same picture [default: a random one, which is printed].
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = seed)]
     pub(crate) seed: Option<u64>,
 
     /// What the picture should not show.
@@ -125,7 +132,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) dtype: DTypeChoice,
 
     /// Threads that share the work [default: as many as this process may use].
-    #[arg(long, env = "HYPERGEN_THREADS", hide_env_values = true, value_name = "COUNT")]
+    #[arg(long, env = "HYPERGEN_THREADS", hide_env_values = true, value_name = "COUNT", value_parser = at_least_one)]
     pub(crate) threads: Option<NonZeroU16>,
 
     /// Do not write prompt, seed and settings into the file.
@@ -133,9 +140,34 @@ pub(crate) struct GenerateArgs {
     pub(crate) no_metadata: bool,
 }
 
+/// A whole number; whether it is in range, its own check says.
+pub(crate) fn whole<T: FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse().map_err(|_| "must be a whole number, not below 0")
+}
+
+/// A number; whether it is in range, its own check says.
+pub(crate) fn number(text: &str) -> Result<f64, &'static str> {
+    text.parse().map_err(|_| "must be a number")
+}
+
+fn at_least_one(text: &str) -> Result<NonZeroU16, String> {
+    text.parse().map_err(|_| format!("must be a whole number between 1 and {}", u16::MAX))
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        format!("must be a whole number between 0 and {}; leave --seed out for a random one", u64::MAX)
+    })
+}
+
 fn sampler_parser() -> impl TypedValueParser<Value = SamplerKind> {
     PossibleValuesParser::new(SamplerKind::ALL.iter().map(|s| PossibleValue::new(s.name()).help(s.about())))
         .try_map(|name| name.parse::<SamplerKind>())
+}
+
+fn family_parser() -> impl TypedValueParser<Value = FamilyName> {
+    PossibleValuesParser::new(FamilyName::all().into_iter().map(FamilyName::name))
+        .try_map(|name| name.parse::<FamilyName>())
 }
 
 fn dtype_parser() -> impl TypedValueParser<Value = DTypeChoice> {
@@ -217,7 +249,7 @@ pub(crate) struct BenchArgs {
     pub(crate) size: Option<Size>,
 
     /// Denoising steps of each round.
-    #[arg(long, value_name = "STEPS", default_value_t = 4)]
+    #[arg(long, value_name = "STEPS", default_value_t = 4, value_parser = whole::<usize>)]
     pub(crate) steps: usize,
 
     /// Pictures that share forward passes.
@@ -225,7 +257,7 @@ pub(crate) struct BenchArgs {
     pub(crate) batch: u16,
 
     /// More than 1 measures both halves of guidance in a step, 1 only one [default: 7.5, and 1 for sdxl-turbo].
-    #[arg(long, value_name = "SCALE")]
+    #[arg(long, value_name = "SCALE", value_parser = number)]
     pub(crate) guidance_scale: Option<f64>,
 
     /// Rounds that count, after one that does not.
@@ -241,7 +273,7 @@ pub(crate) struct BenchArgs {
     pub(crate) dtype: DTypeChoice,
 
     /// Threads that share the work [default: all that the process may use].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = at_least_one)]
     pub(crate) threads: Option<NonZeroU16>,
 
     /// Show which operation of which shape takes how long, the longest first.
@@ -332,7 +364,18 @@ mod tests {
             let Command::Generate(args) = cli.expect("a known type").command else { panic!("generate") };
             assert_eq!(args.dtype, dtype);
         }
-        for wrong in [["--sampler", "magic"], ["--dtype", "int8"], ["--threads", "0"], ["--seed", "-1"]] {
+        for family in FamilyName::all() {
+            let cli = Cli::try_parse_from(["hypergen", "generate", "x", "--family", family.name()]);
+            let Command::Generate(args) = cli.expect("a known family").command else { panic!("generate") };
+            assert_eq!(args.family, Some(family));
+        }
+        for wrong in [
+            ["--family", "flux"],
+            ["--sampler", "magic"],
+            ["--dtype", "int8"],
+            ["--threads", "0"],
+            ["--seed", "-1"],
+        ] {
             let error = Cli::try_parse_from(["hypergen", "generate", "x"].into_iter().chain(wrong));
             assert_eq!(error.expect_err("a wrong value").exit_code(), 2, "{wrong:?}");
         }

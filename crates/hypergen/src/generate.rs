@@ -65,6 +65,7 @@ pub(crate) fn run(args: &GenerateArgs, console: &mut Console<'_>) -> anyhow::Res
         dtype: args.dtype,
         threads: args.threads.map(|n| n.get().into()),
         vae: args.vae.clone(),
+        family: args.family,
         ..LoadOptions::default()
     };
     let model = locate(args.model.as_deref(), &mut options)?;
@@ -158,10 +159,9 @@ fn draw(
 
 /// One request for each picture.
 fn requests(args: &GenerateArgs, info: &ModelInfo, seed: u64) -> anyhow::Result<Vec<Request>> {
-    let guidance = Range { min: info.min_guidance, ..named("--guidance-scale", GUIDANCE_SCALE) };
     let guidance_scale = match args.guidance_scale {
-        Some(scale) => guidance.check(scale)?,
-        None => info.default_guidance.unwrap_or(guidance.default),
+        Some(scale) => info.check_guidance("--guidance-scale", scale)?,
+        None => info.default_guidance.unwrap_or(GUIDANCE_SCALE.default),
     };
     let first = Request {
         negative_prompt: args.negative_prompt.clone(),

@@ -46,6 +46,16 @@ pub(crate) struct Interrupt {
     at_once: Arc<AtomicBool>,
 }
 
+/// Makes a file that outgrows `ulimit -f` an error of its write, as a full
+/// disk is: by itself the system ends the process.
+pub(crate) fn survive_file_limits() {
+    #[cfg(unix)]
+    {
+        // A handler that does nothing of use is enough. Without one all is as before.
+        let _ = flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
+    }
+}
+
 impl Interrupt {
     /// Takes the signals over. Until [`Interrupt::defer`] they still end the
     /// process at once, because loading has no step at which to stop.

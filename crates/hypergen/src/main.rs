@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arguments;
 mod bench;
 mod cli;
 mod console;
@@ -22,7 +23,7 @@ mod serve;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use hypergen_diffusion::samplers::SamplerKind;
 
 use cli::{Cli, Command};
@@ -30,10 +31,11 @@ use console::Console;
 use interrupt::Stopped;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    interrupt::survive_file_limits();
+    let (cli, origins) = arguments::parse();
     let result = Console::real(|console| match cli.command {
         Command::Generate(args) => generate::run(&args, console),
-        Command::Serve(config) => serve::run(*config),
+        Command::Serve(config) => serve::run(*config, origins),
         Command::Bench(args) => bench::run(&args, console),
         Command::Pull(args) => model::pull(&args, console),
         Command::Samplers => console.print(&samplers()),

@@ -76,10 +76,13 @@ impl Output {
         match &self.place {
             Place::Stdout => {
                 let mut out = io::stdout().lock();
-                out.write_all(bytes)
-                    .and_then(|()| out.flush())
-                    .map_err(|e| anyhow!("cannot write the picture to standard output: {}", words(&e)))?;
-                Ok(None)
+                match out.write_all(bytes).and_then(|()| out.flush()) {
+                    // A reader that has left (`| head`) has had what it wanted.
+                    Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+                        bail!("cannot write the picture to standard output: {}", words(&e))
+                    }
+                    _ => Ok(None),
+                }
             }
             Place::Named { folder, stem, extension } => {
                 let path = numbered(folder, stem, extension, (self.count > 1).then_some(index + 1));

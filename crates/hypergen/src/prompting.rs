@@ -6,6 +6,8 @@ use clap::Args;
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{CLIP_SKIP, Corner, Extent, GUIDANCE_RESCALE, Range, Request, SizeConditioning};
 
+use crate::cli::{number, whole};
+
 /// The flags.
 #[derive(Debug, Args)]
 pub(crate) struct PromptingArgs {
@@ -22,11 +24,11 @@ pub(crate) struct PromptingArgs {
 
     /// Layers of the text encoder to leave out at its end, as diffusers counts them: 1 is the penultimate layer, which others
     /// call 2.
-    #[arg(long, value_name = "LAYERS", default_value_t = CLIP_SKIP.default)]
+    #[arg(long, value_name = "LAYERS", default_value_t = CLIP_SKIP.default, value_parser = whole::<usize>)]
     clip_skip: usize,
 
     /// How far to take back the contrast that guidance adds, 0 to 1.
-    #[arg(long, value_name = "AMOUNT", default_value_t = GUIDANCE_RESCALE.default, allow_negative_numbers = true)]
+    #[arg(long, value_name = "AMOUNT", default_value_t = GUIDANCE_RESCALE.default, value_parser = number)]
     guidance_rescale: f64,
 
     /// Size that SDXL is told the picture had before scaling [default: as drawn].

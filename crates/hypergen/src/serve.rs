@@ -2,20 +2,37 @@
 //! looks on, and hands both to the server. What is served is that crate's
 //! business.
 
-use anyhow::bail;
-use clap::{CommandFactory, FromArgMatches};
+use anyhow::{anyhow, bail};
 use hypergen_diffusion::load;
-use hypergen_server::{Exit, ServeConfig, Server, init_logging, with_file};
+use hypergen_server::{Exit, ServeConfig, Server, init_logging};
 
-use crate::cli::{Cli, Command};
+use crate::arguments::{self, Origins};
+use crate::cli::Command;
 use crate::interrupt::Stopped;
 use crate::model::locate;
 use crate::progress::Loading;
 
-/// Runs the command.
-pub(crate) fn run(config: ServeConfig) -> anyhow::Result<()> {
-    let config = with_settings_file(config)?;
-    init_logging(&config)?;
+/// Runs the command. `origins` tells where its settings stand.
+pub(crate) fn run(config: ServeConfig, origins: Origins) -> anyhow::Result<()> {
+    let (config, origins) = match &config.config {
+        None => (config, origins),
+        Some(path) => {
+            let (cli, origins) = arguments::parse_with_file(path)?;
+            // The same arguments cannot name another command the second time.
+            let Command::Serve(config) = cli.command else {
+                bail!("the command line changed while it was read")
+            };
+            (*config, origins)
+        }
+    };
+    serve(config).map_err(|e| match e.is::<Stopped>() {
+        true => e,
+        false => anyhow!(origins.apply(&format!("{e:#}"))),
+    })
+}
+
+fn serve(config: ServeConfig) -> anyhow::Result<()> {
+    init_logging(&config);
     // What can be known to be wrong is found out before the weights load.
     let server = Server::bind(config.clone())?;
     let mut options = config.load_options();
@@ -30,20 +47,5 @@ pub(crate) fn run(config: ServeConfig) -> anyhow::Result<()> {
             exit_code: 130,
             message: "stopped before everybody was answered: a second signal came".to_owned(),
         }),
-    }
-}
-
-/// Reads the command line once more, with the settings file beneath it.
-fn with_settings_file(config: ServeConfig) -> anyhow::Result<ServeConfig> {
-    let Some(path) = &config.config else { return Ok(config) };
-    let mut command = Cli::command();
-    if let Some(serve) = command.find_subcommand_mut("serve") {
-        *serve = with_file(serve.clone(), path)?;
-    }
-    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
-    match cli.command {
-        Command::Serve(config) => Ok(*config),
-        // The same arguments cannot name another command the second time.
-        _ => Ok(config),
     }
 }

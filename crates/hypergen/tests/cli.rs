@@ -92,6 +92,51 @@ fn wrong_usage_is_exit_code_2() {
     assert!(sandbox.names().is_empty());
 }
 
+/// A number below 0 is a value like others, and never a flag that is not known.
+#[test]
+fn negative_numbers_are_told_what_is_allowed() {
+    let sandbox = Sandbox::new();
+    for (args, words) in [
+        (
+            &["generate", "x", "--seed", "-1"] as &[&str],
+            "between 0 and 18446744073709551615; leave --seed out",
+        ),
+        (&["generate", "x", "-n", "-1"], "whole number"),
+        (&["generate", "x", "--steps", "-5"], "whole number"),
+        (&["generate", "x", "--threads", "-1"], "between 1 and 65535"),
+        (&["generate", "x", "--clip-skip", "-1"], "whole number"),
+        (&["generate", "x", "--size", "-8"], "Use format like"),
+        (&["generate", "x", "--size", "-8x-8"], "Use format like"),
+        (&["generate", "x", "--crop", "-1"], "TOP,LEFT"),
+        (&["generate", "x", "--crop", "-1,-1"], "TOP,LEFT"),
+        (&["generate", "x", "--sampler", "-1"], "invalid value '-1'"),
+        (&["serve", "--image-ttl", "-5s"], "a time is"),
+        (&["serve", "--max-body-size", "-1GiB"], "a size is"),
+        (&["serve", "--default-guidance", "-.5"], "between 0 and 20"),
+        (&["bench", "--steps", "-1"], "whole number"),
+        (&["bench", "--rounds", "-1"], "1..=1000"),
+        (&["serve", "--port", "-1"], "between 0 and 65535"),
+        (&["serve", "--threads", "-1"], "at least 1"),
+        (&["serve", "--max-queue-size", "-1"], "at least 1"),
+        (&["serve", "--image-ttl", "-1"], "a time is"),
+        (&["serve", "--max-body-size", "-1"], "a size is"),
+        (&["serve", "--default-steps", "-1"], "whole number"),
+        (&["serve", "--default-guidance", "-1"], "between 0 and 20"),
+        (&["serve", "--lora-scale", "-0.5"], "between 0 and 2"),
+        (&["serve", "--clip-skip", "-1"], "whole number"),
+        (&["serve", "--guidance-rescale", "-1"], "between 0 and 1"),
+    ] {
+        let output = sandbox.run(args);
+        let said = text(&output.stderr);
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{args:?}: {said}");
+        assert!(said.contains(words) && !said.contains("unexpected argument"), "{args:?}: {said}");
+    }
+    for args in [&["--guidance-scale", "-1"], &["--guidance-rescale", "-1"]] {
+        let line = sandbox.fail(&[&["generate", "x"], args as &[&str]].concat());
+        assert!(line.contains(&format!("{} must be between", args[0])), "{line}");
+    }
+}
+
 #[test]
 fn what_cannot_work_is_one_line_before_any_work() {
     let sandbox = Sandbox::new();
@@ -132,6 +177,8 @@ fn settings_come_from_the_environment_and_flags_overrule_them() {
     let output =
         sandbox.command(&["generate", "x"]).env("HYPERGEN_THREADS", "none").output().expect("it runs");
     assert_eq!(output.status.code(), Some(2));
+    let said = text(&output.stderr);
+    assert!(said.contains("'HYPERGEN_THREADS'") && !said.contains("'--threads"), "{said}");
     let output = sandbox.command(&["generate", "x"]).env("HYPERGEN_MODEL", "from/environment").output();
     let output = output.expect("it runs");
     assert_eq!(output.status.code(), Some(1));
@@ -154,4 +201,32 @@ fn a_full_disk_under_standard_output_is_one_line() {
     let output = sandbox.command(&["samplers"]).stdout(full).output().expect("it runs");
     assert_eq!(output.status.code(), Some(1));
     assert!(one_error(&text(&output.stderr)).contains("the disk is full"));
+}
+
+/// A pipe whose reader has gone, as after `| head`.
+#[cfg(unix)]
+fn nobody() -> std::io::PipeWriter {
+    std::io::pipe().expect("a pipe").1
+}
+
+#[test]
+#[cfg(unix)]
+fn readers_that_have_gone_are_no_failure() {
+    let sandbox = Sandbox::new();
+    for args in [
+        &["samplers"] as &[&str],
+        &["completions", "bash"],
+        &["--help"],
+        &["generate", "--help"],
+        &["--version"],
+    ] {
+        let output = sandbox.command(args).stdout(nobody()).output().expect("it runs");
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{args:?}");
+    }
+    for (args, code) in
+        [(&["paint"] as &[&str], 2), (&["generate", ""], 1), (&["serve", "--port", "many"], 2)]
+    {
+        let status = sandbox.command(args).stderr(nobody()).status().expect("it runs");
+        assert_eq!(status.code(), Some(code), "{args:?}");
+    }
 }

@@ -57,6 +57,13 @@ const RULES: &[Rule] = &[
         not_in_code: &["hypergen_tensor", "hypergen_cpu", "hypergen_cuda", "std::arch"],
         not_at_all: &[],
     },
+    Rule {
+        name: "hypergen-fuzz",
+        ours: &["hypergen-tensor", "hypergen-diffusion", "hypergen-server"],
+        never: &["anyhow", "libfuzzer-sys"],
+        not_in_code: &["hypergen_cpu", "hypergen_cuda"],
+        not_at_all: &[],
+    },
     Rule { name: "tidy", ours: &[], never: &["anyhow", "tokio"], not_in_code: &[], not_at_all: &[] },
 ];
 

@@ -10,6 +10,7 @@
 
 pub mod crates;
 pub mod documents;
+pub mod features;
 pub mod lexer;
 pub mod sizes;
 pub mod sources;
@@ -54,7 +55,7 @@ impl fmt::Display for Finding {
 
 /// Every rule, on every file.
 pub fn check(tree: &Tree) -> Vec<Finding> {
-    let rules: [fn(&Tree) -> Vec<Finding>; 4] =
-        [crates::check, sources::check, documents::check, sizes::check];
+    let rules: [fn(&Tree) -> Vec<Finding>; 5] =
+        [crates::check, sources::check, features::check, documents::check, sizes::check];
     rules.iter().flat_map(|rule| rule(tree)).collect()
 }

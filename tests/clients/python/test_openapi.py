@@ -1,5 +1,5 @@
-"""Requests generated from the server's own OpenAPI document, good ones and bad
-ones, and answers checked against it: no 5xx, no crash, no violation."""
+"""The server's own OpenAPI document: it is one, and requests generated from it,
+good ones and bad ones, get answers that agree with it: no 5xx, no crash, no violation."""
 
 import os
 import subprocess
@@ -7,8 +7,16 @@ import sys
 from pathlib import Path
 
 from hypergen import serving
+from openapi_spec_validator import validate
 
 HERE = Path(__file__).parent
+
+
+def test_the_description_is_one(server):
+    document = server.get("/openapi.json").json()
+    validate(document)
+    operations = [o for item in document["paths"].values() for o in item.values()]
+    assert len({o["operationId"] for o in operations}) == len(operations)
 
 
 def test_the_server_keeps_its_own_description(tmp_path):

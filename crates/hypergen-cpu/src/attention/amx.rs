@@ -18,12 +18,15 @@
 //! have a column of ones.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::bf16;
 
-use super::amx_tiles::{Nothing, Output, Scores, TILE};
-use super::amx_weights::{self as weights, Block, Limits};
-use super::pack512::{self as pack, Layout};
+use super::amx_plan::{Item, Items, KEYS, Layout, Plan, QUERIES, TILE};
+use super::amx_tiles::{Nothing, Output, Scores};
+use super::amx_weights::{Avx512, Block, Limits, Vectors, too_large};
+use super::pack512 as pack;
 use super::{AttentionShape, Heads, output};
 use crate::Cpu;
 use crate::cache::second_level_bytes;
@@ -31,22 +34,13 @@ use crate::gemm::amx::Tiles;
 use crate::scratch::Scratch;
 use crate::split::Shared;
 
-/// Queries of an item.
-pub(super) const QUERIES: usize = 32;
-/// Keys of an item. The order of the sums depends on it, so it is the same for
-/// every shape.
-pub(super) const KEYS: usize = 64;
-
 /// One attention, ready to be computed.
-struct Job<'a> {
-    shape: &'a AttentionShape,
+pub(super) struct Job<'a> {
+    pub(super) shape: &'a AttentionShape,
     layout: Layout,
     q: Heads<'a, bf16>,
     packed: &'a [f32],
-    out: &'a Shared<'a, bf16>,
-    /// Items of queries that one task takes, so that keys and values that were
-    /// brought to the first cache serve all of them.
-    units: usize,
+    pub(super) out: &'a Shared<'a, bf16>,
 }
 
 /// Attention over bfloat16 with AMX, which the machine of `cpu` must have.
@@ -58,36 +52,36 @@ pub(super) fn attention(
     v: Heads<'_, bf16>,
     out: &mut [bf16],
 ) {
-    let layout = Layout::new(s);
-    let mut packed = Scratch::take(s.batch * s.heads * layout.head());
     // SAFETY: AMX comes with AVX-512.
-    unsafe { pack::keys_and_values(cpu, s, &layout, k, v, packed.as_mut_slice()) };
-    let units = units(cpu, s, &layout);
-    let out = Shared::new(out);
-    let job = Job { shape: s, layout, q, packed: packed.as_slice(), out: &out, units };
-    let blocks = s.q_len.div_ceil(units * QUERIES);
-    // Few keys, as those of a prompt, stay near for all heads, so a task takes
-    // all heads of its queries: these lie side by side in the same lines.
-    let few = s.heads * job.layout.head() * 4 <= second_level_bytes() / 4;
-    let heads = if few && s.batch * blocks >= 4 * cpu.threads() { s.heads } else { 1 };
-    cpu.parallel(s.batch * s.heads / heads * blocks, |i| {
-        let (first, block) = (i / blocks * heads, i % blocks);
-        for head in first..first + heads {
-            // SAFETY: the caller saw that the machine has AMX, and each block of each head is called once.
-            unsafe { queries(&job, head, block * units * QUERIES) };
-        }
-    });
+    unsafe { attention_by::<Avx512>(cpu, s, q, k, v, out) };
 }
 
-/// Items of queries for a task: four where keys and values of a head stay in
-/// the second cache, eight where they come from beyond it, fewer where there
-/// would not be work for all threads.
-fn units(cpu: &Cpu, s: &AttentionShape, layout: &Layout) -> usize {
-    const SECOND_CACHE: usize = 1 << 20;
-    let most = if layout.head() * 4 > SECOND_CACHE { 8 } else { 4 };
-    let all = s.q_len.div_ceil(QUERIES);
-    let per_task = (s.batch * s.heads * all).div_ceil(4 * cpu.threads());
-    2.min(most.min(per_task).min(all).max(1))
+/// The same by other vectors and tiles.
+///
+/// # Safety
+/// The machine has what `V` needs.
+pub(super) unsafe fn attention_by<V: Vectors>(
+    cpu: &Cpu,
+    s: &AttentionShape,
+    q: Heads<'_, bf16>,
+    k: Heads<'_, bf16>,
+    v: Heads<'_, bf16>,
+    out: &mut [bf16],
+) {
+    let layout = Layout::new(s);
+    let mut packed = Scratch::take(s.batch * s.heads * layout.head());
+    // SAFETY: by this function's contract.
+    unsafe { pack::keys_and_values::<V>(cpu, s, &layout, k, v, packed.as_mut_slice()) };
+    let out = Shared::new(out);
+    let job = Job { shape: s, layout, q, packed: packed.as_slice(), out: &out };
+    let plan = Plan::new(s, &layout, cpu.threads(), second_level_bytes());
+    cpu.parallel(plan.tasks(), |i| {
+        let (heads, queries) = plan.task(i);
+        for head in heads {
+            // SAFETY: by this function's contract, and each task has queries of its own.
+            unsafe { V::queries(&job, head, queries.clone()) };
+        }
+    });
 }
 
 /// What a task keeps for each of its items of queries, and between its steps.
@@ -109,28 +103,33 @@ struct Work<'a> {
     weights: [*mut f32; 2],
 }
 
-/// Some 32 queries against some 64 keys.
-#[derive(Clone, Copy)]
-struct Item {
-    /// Which of the task's 32 queries.
-    unit: usize,
-    /// The first key.
-    start: usize,
-    /// Keys.
-    len: usize,
-}
-
 /// Computes the queries of one task.
 ///
 /// # Safety
 /// The machine has AMX, and no other thread works on these queries.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")]
-unsafe fn queries(job: &Job<'_>, head: usize, first: usize) {
+pub(super) unsafe fn queries(job: &Job<'_>, head: usize, queries: Range<usize>) {
+    // SAFETY: by this function's contract.
+    unsafe { queries_with::<Avx512>(job, head, queries, || Tiles::configure()) }
+}
+
+/// The same by other vectors and tiles.
+///
+/// # Safety
+/// The machine has the set of `V`, `tiles` may be called, and no other thread
+/// works on these queries.
+#[inline(always)]
+pub(super) unsafe fn queries_with<V: Vectors>(
+    job: &Job<'_>,
+    head: usize,
+    queries: Range<usize>,
+    tiles: impl FnOnce() -> Tiles,
+) {
     let (s, layout) = (job.shape, &job.layout);
     let (b, h) = (head / s.heads, head % s.heads);
-    let last = (first + job.units * QUERIES).min(s.q_len) - 1;
-    let units = (last + 1 - first).div_ceil(QUERIES);
-    let (q_len, o_len) = (2 * layout.steps * TILE, 2 * layout.columns * TILE);
+    let items = Items::new(s, &queries);
+    let (units, first) = (items.units, queries.start);
+    let (q_len, o_len) = (layout.queries(), layout.output());
 
     let mut scratch = Scratch::take(units * (q_len + o_len + QUERIES) + 2 * KEYS * QUERIES);
     let rest = scratch.as_mut_slice();
@@ -157,26 +156,21 @@ unsafe fn queries(job: &Job<'_>, head: usize, first: usize) {
     // SAFETY: by this function's contract; the buffers have the sizes of the layout.
     unsafe {
         for (u, q) in work.q.chunks_exact_mut(q_len).enumerate() {
-            pack::queries(s, layout, &job.q, [b, h, first + u * QUERIES], sign, q);
+            V::pack_queries(s, layout, &job.q, [b, h, first + u * QUERIES], sign, q);
         }
-        let visible = s.visible(last);
-        let items = visible.div_ceil(KEYS) * units;
-        let item = |i: usize| {
-            let start = i / units * KEYS;
-            Item { unit: i % units, start, len: KEYS.min(visible - start) }
-        };
-        let tiles = Tiles::configure();
+        let (count, item) = (items.count(), |i| items.item(i));
+        let tiles = tiles();
         work.score(item(0)).run(&mut Nothing);
-        for i in 0..items {
+        for i in 0..count {
             let before = (i > 0).then(|| work.output(item(i - 1), i - 1));
-            let next = (i + 1 < items).then(|| work.score(item(i + 1)));
+            let next = (i + 1 < count).then(|| work.score(item(i + 1)));
             let hidden = s.causal.then_some(first + item(i).unit * QUERIES);
-            work.weigh((i, item(i)), scale, hidden, before.as_ref(), next.as_ref());
+            work.weigh::<V>((i, item(i)), scale, hidden, before.as_ref(), next.as_ref());
         }
-        work.output(item(items - 1), items - 1).run(&mut Nothing);
+        work.output(item(count - 1), count - 1).run(&mut Nothing);
         drop(tiles);
         for (u, o) in work.o.chunks_exact(o_len).enumerate() {
-            finish(job, [b, h, first + u * QUERIES], o);
+            V::finish(job, [b, h, first + u * QUERIES], o);
         }
     }
 }
@@ -185,16 +179,16 @@ impl Work<'_> {
     /// The scores of an item.
     fn score(&self, item: Item) -> Scores {
         let layout = self.layout;
-        let keys = &self.packed[item.start / 32 * 2 * layout.steps * TILE..layout.keys];
-        let q = &self.q[item.unit * 2 * layout.steps * TILE..][..2 * layout.steps * TILE];
+        let keys = &self.packed[layout.keys_of(item)..layout.keys];
+        let q = &self.q[item.unit * layout.queries()..][..layout.queries()];
         Scores::new(keys, q, self.scores, layout.steps, item.len.div_ceil(32))
     }
 
     /// The output of the `i`th item, from its weights.
     fn output(&mut self, item: Item, i: usize) -> Output {
         let layout = self.layout;
-        let values = &self.packed[layout.keys + item.start / 32 * layout.columns * TILE..];
-        let o = &mut self.o[item.unit * 2 * layout.columns * TILE..][..2 * layout.columns * TILE];
+        let values = &self.packed[layout.values_of(item)..];
+        let o = &mut self.o[item.unit * layout.output()..][..layout.output()];
         let groups = item.len.div_ceil(32);
         Output::new(values, self.weights[i % 2], o, layout.columns, groups, item.start == 0)
     }
@@ -204,10 +198,10 @@ impl Work<'_> {
     /// item's first query where later keys are not to be seen.
     ///
     /// # Safety
-    /// The machine has AMX and AVX-512; the item's scores and the weights of
+    /// The machine has AMX and the set of `V`; the item's scores and the weights of
     /// the one before are there.
     #[inline(always)]
-    unsafe fn weigh(
+    unsafe fn weigh<V: Vectors>(
         &mut self,
         (i, item): (usize, Item),
         scale: f32,
@@ -216,7 +210,13 @@ impl Work<'_> {
         next: Option<&Scores>,
     ) {
         let limits = Limits { start: item.start, len: item.len, hidden };
-        let block = Block { scores: self.scores, weights: self.weights[i % 2], limits, scale };
+        let block = Block {
+            scores: self.scores,
+            weights: self.weights[i % 2],
+            limits,
+            scale,
+            vectors: PhantomData::<V>,
+        };
         let shift = &mut self.shift[item.unit * QUERIES..][..QUERIES];
         // SAFETY: by the contract; the buffers have the sizes of an item.
         unsafe {
@@ -245,7 +245,7 @@ impl Work<'_> {
                 }
                 all.top()
             };
-            if weights::too_large(top) {
+            if too_large::<V>(top) {
                 self.raise(item, &block, next);
             }
         }
@@ -259,9 +259,9 @@ impl Work<'_> {
     /// As for [`Work::weigh`].
     #[cold]
     #[inline(never)]
-    unsafe fn raise(&mut self, item: Item, block: &Block, next: Option<&Scores>) {
+    unsafe fn raise<V: Vectors>(&mut self, item: Item, block: &Block<V>, next: Option<&Scores>) {
         let again = self.score(item);
-        let o_len = 2 * self.layout.columns * TILE;
+        let o_len = self.layout.output();
         let o = &mut self.o[item.unit * o_len..][..o_len];
         // The output of earlier items exists unless this is the first.
         let o = if item.start == 0 { None } else { Some(o) };
@@ -269,7 +269,7 @@ impl Work<'_> {
         // SAFETY: by the contract.
         unsafe {
             again.run(&mut Nothing);
-            block.raise(shift, o);
+            V::raise(block, shift, o);
             next.inspect(|n| n.run(&mut Nothing));
         }
     }
@@ -280,7 +280,7 @@ impl Work<'_> {
 /// # Safety
 /// The machine has AVX-512 with BF16, and no other thread works on these queries.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn finish(job: &Job<'_>, [b, h, first]: [usize; 3], o: &[f32]) {
+pub(super) unsafe fn finish(job: &Job<'_>, [b, h, first]: [usize; 3], o: &[f32]) {
     let s = job.shape;
     for row in 0..QUERIES.min(s.q_len.saturating_sub(first)) {
         let at = |column: usize| &o[(column / 16 * 2 + row / 16) * TILE + row % 16 * 16..][..16];

@@ -3,13 +3,8 @@
 //! `asm!`; the compiler itself never uses tile registers, so they keep their
 //! contents from one piece to the next.
 
-use std::arch::asm;
-
-use crate::gemm::amx::Between;
-
-/// 32-bit words of a tile: 16 rows of 64 bytes, packed one after another on
-/// cache lines, because rows that straddle lines load three times slower.
-pub(super) const TILE: usize = 256;
+use super::amx_plan::TILE;
+use crate::gemm::amx::{Between, tile_code};
 
 /// Bytes of a tile.
 const BYTES: usize = TILE * 4;
@@ -68,32 +63,29 @@ impl Scores {
                 if group > 0 {
                     store_first(scores);
                 }
-                asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+                tile_code!(["tilezero tmm0", "tilezero tmm1"]; nostack, nomem);
                 for step in 0..self.steps {
                     let q = self.q.byte_add(step * BYTES);
-                    asm!(
+                    tile_code!([
                         "tileloadd tmm4, [{q} + {s}]",
                         "tileloaddt1 tmm6, [{k} + {s}]",
                         "tdpbf16ps tmm0, tmm4, tmm6",
                         "tileloadd tmm5, [{q2} + {s}]",
                         "tdpbf16ps tmm1, tmm5, tmm6",
-                        k = in(reg) keys, q = in(reg) q, q2 = in(reg) q.byte_add(q_row),
-                        s = in(reg) 64_usize, options(nostack, readonly),
-                    );
+                    ], k = keys, q = q, q2 = q.byte_add(q_row), s = 64_usize; nostack, readonly);
                     between.advance();
                     if step == 0 {
                         if group > 0 {
                             store_second(scores);
                             scores = scores.byte_add(4 * BYTES);
                         }
-                        asm!("tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+                        tile_code!(["tilezero tmm2", "tilezero tmm3"]; nostack, nomem);
                     }
-                    asm!(
+                    tile_code!([
                         "tileloaddt1 tmm7, [{k} + {s} + 1024]",
                         "tdpbf16ps tmm2, tmm4, tmm7",
                         "tdpbf16ps tmm3, tmm5, tmm7",
-                        k = in(reg) keys, s = in(reg) 64_usize, options(nostack, readonly),
-                    );
+                    ], k = keys, s = 64_usize; nostack, readonly);
                     keys = keys.byte_add(2 * BYTES);
                     between.advance();
                 }
@@ -112,11 +104,10 @@ impl Scores {
 unsafe fn store_first(scores: *mut f32) {
     // SAFETY: by the contract.
     unsafe {
-        asm!(
+        tile_code!([
             "tilestored [{c} + {s}], tmm0",
             "tilestored [{c} + {s} + 1024], tmm1",
-            c = in(reg) scores, s = in(reg) 64_usize, options(nostack),
-        );
+        ], c = scores, s = 64_usize; nostack);
     }
 }
 
@@ -126,11 +117,10 @@ unsafe fn store_first(scores: *mut f32) {
 unsafe fn store_second(scores: *mut f32) {
     // SAFETY: by the contract.
     unsafe {
-        asm!(
+        tile_code!([
             "tilestored [{c} + {s} + 2048], tmm2",
             "tilestored [{c} + {s} + 3072], tmm3",
-            c = in(reg) scores, s = in(reg) 64_usize, options(nostack),
-        );
+        ], c = scores, s = 64_usize; nostack);
     }
 }
 
@@ -224,9 +214,9 @@ impl Output {
         macro_rules! tiles {
             ($($zero:literal, $load:literal;)*) => {
                 if self.fresh {
-                    asm!($($zero),*, options(nostack, nomem))
+                    tile_code!([$($zero), *]; nostack, nomem)
                 } else {
-                    asm!($($load),*, o = in(reg) o, s = in(reg) 64_usize, options(nostack, readonly))
+                    tile_code!([$($load), *], o = o, s = 64_usize; nostack, readonly)
                 }
             };
         }
@@ -260,7 +250,7 @@ impl Output {
 unsafe fn end<const COLUMNS: usize>(o: *mut f32, second: bool) {
     macro_rules! tiles {
         ($($store:literal),*) => {
-            asm!($($store),*, o = in(reg) o, s = in(reg) 64_usize, options(nostack))
+            tile_code!([$($store), *], o = o, s = 64_usize; nostack)
         };
     }
     // SAFETY: by the contract.
@@ -297,7 +287,7 @@ unsafe fn end<const COLUMNS: usize>(o: *mut f32, second: bool) {
 unsafe fn product<const COLUMNS: usize>(v: *const f32, p: *const f32, second: bool) {
     macro_rules! tiles {
         ($($line:literal),*) => {
-            asm!($($line),*, v = in(reg) v, p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly))
+            tile_code!([$($line), *], v = v, p = p, s = 64_usize; nostack, readonly)
         };
     }
     // SAFETY: by the contract.
@@ -327,21 +317,20 @@ unsafe fn product<const COLUMNS: usize>(v: *const f32, p: *const f32, second: bo
                 "tileloaddt1 tmm5, [{v} + {s} + 1024]",
                 "tdpbf16ps tmm2, tmm6, tmm5"
             ),
-            (true, 2) => asm!(
+            (true, 2) => tile_code!([
                 "tileloadd tmm7, [{p} + {s}]",
                 "tdpbf16ps tmm1, tmm7, tmm4",
                 "tdpbf16ps tmm3, tmm7, tmm5",
-                p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly)
-            ),
+            ], p = p, s = 64_usize; nostack, readonly),
             (false, _) => tiles!(
                 "tileloadd tmm6, [{p} + {s}]",
                 "tileloaddt1 tmm4, [{v} + {s}]",
                 "tdpbf16ps tmm0, tmm6, tmm4"
             ),
-            (true, _) => asm!(
-                "tileloadd tmm7, [{p} + {s}]", "tdpbf16ps tmm1, tmm7, tmm4",
-                p = in(reg) p, s = in(reg) 64_usize, options(nostack, readonly)
-            ),
+            (true, _) => tile_code!([
+                "tileloadd tmm7, [{p} + {s}]",
+                "tdpbf16ps tmm1, tmm7, tmm4",
+            ], p = p, s = 64_usize; nostack, readonly),
         }
     }
 }

@@ -10,10 +10,14 @@
 //! 0.18 %, where rounding to bfloat16 alone has 0.16 %.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
-use super::amx::{KEYS, QUERIES};
-use super::amx_tiles::TILE;
-use super::pack512::key_of_word;
+use half::bf16;
+
+use super::amx::{self, Job};
+use super::amx_plan::{KEYS, Layout, QUERIES, TILE};
+use super::pack512::{self, key_of_word};
+use super::{AttentionShape, Heads};
 use crate::gemm::amx::Between;
 
 /// Steps of `x` to a power of two: one more bit than bfloat16's mantissa has.
@@ -86,11 +90,146 @@ impl Limits {
     }
 }
 
+/// What vectors do around the tiles of an attention. `W` is 32 numbers of 16 bits.
+///
+/// # Safety
+/// Every function may only be called where the machine has the set; pointers
+/// are to whole vectors, of scores to those of a query.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all functions, stated above")]
+pub(super) trait Vectors: Sized + 'static {
+    type W: Copy;
+    /// What turns scores into weights, in registers.
+    type Table;
+
+    /// Packs 32 keys; see [`pack512::pack_keys`].
+    unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, at: [usize; 3], to: &mut [f32]);
+    /// Packs 32 values; see [`pack512::pack_values`].
+    unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, at: [usize; 3], to: &mut [f32]);
+    /// Packs 32 queries; see [`pack512::queries`].
+    unsafe fn pack_queries(
+        s: &AttentionShape,
+        layout: &Layout,
+        q: &Heads<'_, bf16>,
+        at: [usize; 3],
+        sign: f32,
+        to: &mut [f32],
+    );
+    /// Computes the queries of one task; see [`amx::queries`].
+    unsafe fn queries(job: &Job<'_>, head: usize, queries: std::ops::Range<usize>);
+    /// Divides by the sums and stores; see [`amx::finish`].
+    unsafe fn finish(job: &Job<'_>, at: [usize; 3], o: &[f32]);
+    /// See [`Block::raise`].
+    unsafe fn raise(block: &Block<Self>, shift: &mut [f32], o: Option<&mut [f32]>);
+
+    unsafe fn zero() -> Self::W;
+    unsafe fn load(from: *const u16) -> Self::W;
+    unsafe fn store(to: *mut u16, w: Self::W);
+    unsafe fn max(a: Self::W, b: Self::W) -> Self::W;
+    /// Zeros but at the places whose bits are set.
+    unsafe fn keep(places: u32, w: Self::W) -> Self::W;
+    /// Whether any number is greater.
+    unsafe fn any_above(w: Self::W, limit: u16) -> bool;
+    /// The largest of a query's first `seen` scores.
+    unsafe fn largest(scores: *const f32, seen: usize) -> f32;
+    unsafe fn table(scale: f32) -> Self::Table;
+    /// The weights of 32 keys, and the integers that they were made of: from
+    /// 16 scores, and 16 scores two tiles further on.
+    unsafe fn weights(table: &Self::Table, scores: *const f32, shift: f32) -> (Self::W, Self::W);
+}
+
+/// AVX-512 with BF16 and VBMI.
+pub(super) struct Avx512;
+
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the trait's contract: the set, and valid pointers")]
+impl Vectors for Avx512 {
+    type W = __m512i;
+    type Table = Table;
+
+    unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, at: [usize; 3], to: &mut [f32]) {
+        unsafe { pack512::pack_keys(s, k, at, to) }
+    }
+    unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, at: [usize; 3], to: &mut [f32]) {
+        unsafe { pack512::pack_values(s, v, at, to) }
+    }
+    #[inline(always)]
+    unsafe fn pack_queries(
+        s: &AttentionShape,
+        layout: &Layout,
+        q: &Heads<'_, bf16>,
+        at: [usize; 3],
+        sign: f32,
+        to: &mut [f32],
+    ) {
+        unsafe { pack512::queries(s, layout, q, at, sign, to) }
+    }
+    unsafe fn queries(job: &Job<'_>, head: usize, queries: std::ops::Range<usize>) {
+        unsafe { amx::queries(job, head, queries) }
+    }
+    #[inline(always)]
+    unsafe fn finish(job: &Job<'_>, at: [usize; 3], o: &[f32]) {
+        unsafe { amx::finish(job, at, o) }
+    }
+    #[cold]
+    #[inline(never)]
+    unsafe fn raise(block: &Block<Self>, shift: &mut [f32], o: Option<&mut [f32]>) {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")]
+        unsafe fn compiled(block: &Block<Avx512>, shift: &mut [f32], o: Option<&mut [f32]>) {
+            unsafe { block.raise(shift, o) }
+        }
+        unsafe { compiled(block, shift, o) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u16) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut u16, w: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), w) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_max_epu16(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn keep(places: u32, w: __m512i) -> __m512i {
+        unsafe { _mm512_maskz_mov_epi16(places, w) }
+    }
+    #[inline(always)]
+    unsafe fn any_above(w: __m512i, limit: u16) -> bool {
+        unsafe { _mm512_cmpgt_epu16_mask(w, _mm512_set1_epi16(limit.cast_signed())) != 0 }
+    }
+    #[inline(always)]
+    unsafe fn largest(scores: *const f32, seen: usize) -> f32 {
+        unsafe {
+            let mut top = _mm512_set1_ps(f32::NEG_INFINITY);
+            for (i, first) in (0..KEYS).step_by(16).enumerate() {
+                let lanes = seen.saturating_sub(first).min(16);
+                let scores = _mm512_loadu_ps(scores.add(i * 2 * TILE));
+                top = _mm512_mask_max_ps(top, ((1_u32 << lanes) - 1) as __mmask16, scores, top);
+            }
+            _mm512_reduce_max_ps(top)
+        }
+    }
+    #[inline(always)]
+    unsafe fn table(scale: f32) -> Table {
+        unsafe { Table::new(scale) }
+    }
+    #[inline(always)]
+    unsafe fn weights(table: &Table, scores: *const f32, shift: f32) -> (__m512i, __m512i) {
+        unsafe { table.weights(scores, _mm512_set1_ps(shift)) }
+    }
+}
+
 /// The scores of an item, on their way to weights.
 ///
-/// Its unsafe functions ask that the machine has AVX-512 with BW and VBMI, and
-/// that scores and weights are as large as said.
-pub(super) struct Block {
+/// Its unsafe functions ask that the machine has the set of `V`, and that
+/// scores and weights are as large as said.
+pub(super) struct Block<V> {
     /// `[groups][2 halves of keys][2 halves of queries]` tiles; tiles replace
     /// them while they are read, hence the pointer.
     pub(super) scores: *const f32,
@@ -99,44 +238,38 @@ pub(super) struct Block {
     pub(super) limits: Limits,
     /// From scores to powers of two; positive.
     pub(super) scale: f32,
+    pub(super) vectors: PhantomData<V>,
 }
 
 /// Whether a weight is so large that its query's shift has to be raised.
 ///
 /// # Safety
-/// The machine has AVX-512 with BW.
+/// The machine has the set of `V`.
 #[inline(always)]
-pub(super) unsafe fn too_large(top: __m512i) -> bool {
+pub(super) unsafe fn too_large<V: Vectors>(top: V::W) -> bool {
     // SAFETY: by the contract.
-    unsafe { _mm512_cmpgt_epu16_mask(top, _mm512_set1_epi16(LIMIT.cast_signed())) != 0 }
+    unsafe { V::any_above(top, LIMIT) }
 }
 
-impl Block {
+impl<V: Vectors> Block<V> {
     /// The summand that brings the largest score that a query sees to a weight
     /// between a half and 1, in steps. It stands for a whole number of powers of
     /// two, so that changing it scales exactly.
     ///
     /// # Safety
-    /// The machine has AVX-512.
+    /// The machine has the set.
     #[inline(always)]
     pub(super) unsafe fn shift(&self, row: usize) -> f32 {
         let seen = self.limits.seen(row);
         // SAFETY: by the contract; a row of a tile has 64 bytes.
-        unsafe {
-            let mut top = _mm512_set1_ps(f32::NEG_INFINITY);
-            for (i, first) in (0..KEYS).step_by(16).enumerate() {
-                let lanes = seen.saturating_sub(first).min(16);
-                let scores = _mm512_loadu_ps(self.scores.add(i * 2 * TILE + row * 16));
-                top = _mm512_mask_max_ps(top, ((1_u32 << lanes) - 1) as __mmask16, scores, top);
-            }
-            ONE - (_mm512_reduce_max_ps(top) * self.scale).ceil() * STEPS
-        }
+        let largest = unsafe { V::largest(self.scores.add(row * 16), seen) };
+        ONE - (largest * self.scale).ceil() * STEPS
     }
 
     /// The weights of all queries where nothing is hidden; `each` rows of 32
     /// keys for a piece.
     #[inline(always)]
-    pub(super) fn all(&self, shift: &[f32], each: usize) -> All {
+    pub(super) fn all(&self, shift: &[f32], each: usize) -> All<V> {
         let groups = self.limits.len.div_ceil(32);
         assert!(shift.len() >= QUERIES);
         All {
@@ -148,6 +281,7 @@ impl Block {
             all: groups * QUERIES,
             each,
             top: [0; 32],
+            vectors: PhantomData,
         }
     }
 
@@ -155,14 +289,14 @@ impl Block {
     /// the largest of each place.
     ///
     /// # Safety
-    /// The machine has AVX-512 with BW and VBMI.
+    /// The machine has the set.
     #[inline(always)]
-    pub(super) unsafe fn seen(&self, shift: &[f32]) -> __m512i {
+    pub(super) unsafe fn seen(&self, shift: &[f32]) -> V::W {
         // SAFETY: by the contract.
         unsafe {
-            let mut top = _mm512_setzero_si512();
+            let mut top = V::zero();
             for (row, &shift) in shift.iter().enumerate() {
-                top = _mm512_max_epu16(top, self.weigh(row, shift));
+                top = V::max(top, self.weigh(row, shift));
             }
             top
         }
@@ -171,21 +305,21 @@ impl Block {
     /// The weights of a query, and the largest of each place.
     ///
     /// # Safety
-    /// The machine has AVX-512 with BW and VBMI.
+    /// The machine has the set.
     #[inline(always)]
-    unsafe fn weigh(&self, row: usize, shift: f32) -> __m512i {
+    unsafe fn weigh(&self, row: usize, shift: f32) -> V::W {
         let seen = self.limits.seen(row);
         // SAFETY: by the contract; rows of tiles have 64 bytes.
         unsafe {
-            let table = Table::new(self.scale * STEPS);
-            let mut top = _mm512_setzero_si512();
+            let table = V::table(self.scale * STEPS);
+            let mut top = V::zero();
             for group in 0..self.limits.len.div_ceil(32) {
                 let from = self.scores.add(group * 4 * TILE + row * 16);
-                let (x, weight) = table.weights(from, _mm512_set1_ps(shift));
+                let (x, weight) = V::weights(&table, from, shift);
                 let places = PLACES[seen.saturating_sub(group * 32).min(32)];
-                top = _mm512_max_epu16(top, _mm512_maskz_mov_epi16(places, x));
+                top = V::max(top, V::keep(places, x));
                 let to = self.weights.add(group * 2 * TILE + row * 16);
-                _mm512_storeu_si512(to.cast(), _mm512_maskz_mov_epi16(places, weight));
+                V::store(to.cast(), V::keep(places, weight));
             }
             top
         }
@@ -196,15 +330,13 @@ impl Block {
     /// queries are left alone.
     ///
     /// # Safety
-    /// The machine has AVX-512 with BW and VBMI.
-    #[cold]
-    #[inline(never)]
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")]
+    /// The machine has the set.
+    #[inline(always)]
     pub(super) unsafe fn raise(&self, shift: &mut [f32], mut o: Option<&mut [f32]>) {
         for (row, shift) in shift.iter_mut().enumerate() {
             // SAFETY: by the contract, and the slices are those of an item.
             unsafe {
-                if !too_large(self.weigh(row, *shift)) {
+                if !too_large::<V>(self.weigh(row, *shift)) {
                     continue;
                 }
                 let new = self.shift(row).min(*shift);
@@ -222,7 +354,7 @@ impl Block {
 }
 
 /// What turns scores into weights, in registers.
-struct Table {
+pub(super) struct Table {
     scale: __m512,
     low: __m512i,
     high: __m512i,
@@ -272,7 +404,7 @@ impl Table {
 }
 
 /// All queries against all keys of an item, group after group.
-pub(super) struct All {
+pub(super) struct All<V> {
     scores: *const f32,
     shift: *const f32,
     weights: *mut f32,
@@ -282,45 +414,46 @@ pub(super) struct All {
     all: usize,
     each: usize,
     top: [u16; 32],
+    vectors: PhantomData<V>,
 }
 
-impl All {
+impl<V: Vectors> All<V> {
     /// The largest weight of each place, once all is done.
     ///
     /// # Safety
-    /// The machine has AVX-512.
+    /// The machine has the set.
     #[inline(always)]
-    pub(super) unsafe fn top(&self) -> __m512i {
+    pub(super) unsafe fn top(&self) -> V::W {
         debug_assert!(self.is_done(), "all weights were computed");
         // SAFETY: by the contract; the array has 64 bytes.
-        unsafe { _mm512_loadu_si512(self.top.as_ptr().cast()) }
+        unsafe { V::load(self.top.as_ptr()) }
     }
 
     /// Computes some more rows.
     ///
     /// # Safety
-    /// The machine has AVX-512 with BW and VBMI; scores and weights are there.
+    /// The machine has the set; scores and weights are there.
     #[inline(always)]
     pub(super) unsafe fn some(&mut self, count: usize) {
         // SAFETY: by the contract; no more rows than there are.
         unsafe {
-            let table = Table::new(self.scale);
-            let mut top = _mm512_loadu_si512(self.top.as_ptr().cast());
+            let table = V::table(self.scale);
+            let mut top = V::load(self.top.as_ptr());
             let end = self.all.min(self.done + count);
             for i in self.done..end {
                 let (group, row) = (i / QUERIES, i % QUERIES);
-                let shift = _mm512_set1_ps(*self.shift.add(row));
-                let (x, weight) = table.weights(self.scores.add(group * 4 * TILE + row * 16), shift);
-                top = _mm512_max_epu16(top, x);
-                _mm512_storeu_si512(self.weights.add(i * 16).cast(), weight);
+                let scores = self.scores.add(group * 4 * TILE + row * 16);
+                let (x, weight) = V::weights(&table, scores, *self.shift.add(row));
+                top = V::max(top, x);
+                V::store(self.weights.add(i * 16).cast(), weight);
             }
             self.done = end;
-            _mm512_storeu_si512(self.top.as_mut_ptr().cast(), top);
+            V::store(self.top.as_mut_ptr(), top);
         }
     }
 }
 
-impl Between for All {
+impl<V: Vectors> Between for All<V> {
     #[inline(always)]
     fn is_done(&self) -> bool {
         self.done == self.all

@@ -14,35 +14,11 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::amx_tiles::TILE;
+use super::amx_plan::{Layout, TILE};
+use super::amx_weights::Vectors;
 use super::{AttentionShape, Heads};
 use crate::Cpu;
 use crate::split::Shared;
-
-/// Sizes of packed heads, in tiles and 32-bit words.
-pub(super) struct Layout {
-    /// Tiles over the width of a head for the scores, 32 columns each.
-    pub(super) steps: usize,
-    /// Tiles over the width of a head and the column of ones, 16 columns each.
-    pub(super) columns: usize,
-    /// Words of a head's keys: `[kv / 32][steps][2]` tiles.
-    pub(super) keys: usize,
-    /// Words of a head's values: `[kv / 32][columns]` tiles.
-    values: usize,
-}
-
-impl Layout {
-    pub(super) fn new(s: &AttentionShape) -> Self {
-        let (steps, columns, groups) =
-            (s.head_dim.div_ceil(32), (s.head_dim + 1).div_ceil(16), s.kv_len.div_ceil(32));
-        Self { steps, columns, keys: groups * 2 * steps * TILE, values: groups * columns * TILE }
-    }
-
-    /// Words of a head.
-    pub(super) fn head(&self) -> usize {
-        self.keys + self.values
-    }
-}
 
 /// The lowest `n` bits; all from 32 on.
 #[inline(always)]
@@ -53,8 +29,8 @@ pub(super) fn first_lanes(n: usize) -> __mmask32 {
 /// Packs keys and values of all heads, on all threads.
 ///
 /// # Safety
-/// The machine has AVX-512 F, BW and VL.
-pub(super) unsafe fn keys_and_values(
+/// The machine has the set of `V`.
+pub(super) unsafe fn keys_and_values<V: Vectors>(
     cpu: &Cpu,
     s: &AttentionShape,
     layout: &Layout,
@@ -75,9 +51,9 @@ pub(super) unsafe fn keys_and_values(
             let start = head * layout.head();
             // SAFETY: by the contract; every group of keys has tiles of its own.
             unsafe {
-                pack_keys(s, &k, [b, h, group * 32], shared.part(start + group * keys, keys));
+                V::pack_keys(s, &k, [b, h, group * 32], shared.part(start + group * keys, keys));
                 let start = start + layout.keys + group * values;
-                pack_values(s, &v, [b, h, group * 32], shared.part(start, values));
+                V::pack_values(s, &v, [b, h, group * 32], shared.part(start, values));
             }
         }
     });
@@ -88,8 +64,13 @@ pub(super) unsafe fn keys_and_values(
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, [b, h, first]: [usize; 3], to: &mut [f32]) {
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn pack_keys(
+    s: &AttentionShape,
+    k: &Heads<'_, bf16>,
+    [b, h, first]: [usize; 3],
+    to: &mut [f32],
+) {
     for (i, tile) in to.chunks_exact_mut(TILE).enumerate() {
         let (step, half) = (i / 2, i % 2);
         let mut rows = [_mm512_setzero_si512(); 16];
@@ -111,8 +92,13 @@ unsafe fn pack_keys(s: &AttentionShape, k: &Heads<'_, bf16>, [b, h, first]: [usi
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_values(s: &AttentionShape, v: &Heads<'_, bf16>, [b, h, first]: [usize; 3], to: &mut [f32]) {
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn pack_values(
+    s: &AttentionShape,
+    v: &Heads<'_, bf16>,
+    [b, h, first]: [usize; 3],
+    to: &mut [f32],
+) {
     for (column, tile) in to.chunks_exact_mut(TILE).enumerate() {
         // SAFETY: the mask keeps the load inside the token; a tile is 16 rows of 64 bytes.
         unsafe {
@@ -151,7 +137,7 @@ pub(super) const fn key_of_word(word: usize) -> usize {
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) unsafe fn queries(
     s: &AttentionShape,
     layout: &Layout,
@@ -232,7 +218,7 @@ mod tests {
 
     #[test]
     fn transpose_swaps_rows_and_columns() {
-        if !crate::Isa::Avx512.is_supported() {
+        if !crate::testing::sets().contains(&crate::Isa::Avx512) {
             return;
         }
         let mut rows = [[0_i32; 16]; 16];
@@ -254,7 +240,7 @@ mod tests {
         }
     }
 
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn call(rows: &mut [__m512i; 16]) {
         // SAFETY: by the feature.
         unsafe { transpose(rows) }

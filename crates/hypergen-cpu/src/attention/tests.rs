@@ -3,22 +3,22 @@
 use half::bf16;
 
 use super::*;
-use crate::testing::{Values, assert_close, cpu, every_cpu};
+use crate::testing::{Values, assert_close, cpu, every_cpu, sets};
 use crate::{Isa, reference};
 
 /// Queries, keys and values as columns of one tensor or of three, with room
 /// before and behind that must not matter.
-struct Inputs<T> {
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-    stride: usize,
+pub(super) struct Inputs<T> {
+    pub(super) q: Vec<T>,
+    pub(super) k: Vec<T>,
+    pub(super) v: Vec<T>,
+    pub(super) stride: usize,
 }
 
 const OFFSET: usize = 3;
 
 impl<T: Element> Inputs<T> {
-    fn new(s: &AttentionShape, spread: f32) -> Self {
+    pub(super) fn new(s: &AttentionShape, spread: f32) -> Self {
         let stride = OFFSET + s.heads * s.head_dim + 2;
         let values = |seed, len: usize, spread: f32| -> Vec<T> {
             let x = Values::new(seed).normal::<f32>(s.batch * len * stride);
@@ -32,7 +32,7 @@ impl<T: Element> Inputs<T> {
         }
     }
 
-    fn heads(&self) -> [Heads<'_, T>; 3] {
+    pub(super) fn heads(&self) -> [Heads<'_, T>; 3] {
         [&self.q, &self.k, &self.v].map(|data| Heads { data, row_stride: self.stride, offset: OFFSET })
     }
 
@@ -50,12 +50,12 @@ impl<T: Element> Inputs<T> {
 }
 
 /// Batch, heads, head_dim, q_len, kv_len.
-fn shape([batch, heads, head_dim, q_len, kv_len]: [usize; 5]) -> AttentionShape {
+pub(super) fn shape([batch, heads, head_dim, q_len, kv_len]: [usize; 5]) -> AttentionShape {
     let scale = 1.0 / (head_dim.max(1) as f32).sqrt();
     AttentionShape { batch, heads, head_dim, q_len, kv_len, scale, causal: false }
 }
 
-const SHAPES: [[usize; 5]; 16] = [
+pub(super) const SHAPES: [[usize; 5]; 16] = [
     [1, 1, 1, 1, 1],
     [1, 2, 8, 3, 15],
     [2, 3, 40, 17, 77],
@@ -137,7 +137,7 @@ fn check_invariance<T: Element>() {
             let s = AttentionShape { causal, ..shape(sizes) };
             let inputs = Inputs::<T>::new(&s, 4.0);
             let columns = s.heads * s.head_dim;
-            for &isa in Isa::supported() {
+            for &isa in sets() {
                 let whole = inputs.run(&cpu(isa, 1), &s);
                 for threads in [2, 5] {
                     assert!(inputs.run(&cpu(isa, threads), &s) == whole, "{isa}, {threads} threads, {s:?}");

@@ -108,6 +108,12 @@ pub(super) struct Packed {
     /// For each picture and head: keys `[keys, key_words]`, then values
     /// `[keys / per_word, value_words]`.
     words: Scratch,
+    sizes: Sizes,
+}
+
+/// Sizes of packed keys and values.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
     /// Words of a key.
     key_words: usize,
     /// Words of a row of values: columns, padded.
@@ -126,6 +132,22 @@ pub(super) struct Job<'a, T> {
     pub(super) out: &'a Shared<'a, T>,
 }
 
+impl Sizes {
+    fn new(s: &AttentionShape, per_word: usize) -> Self {
+        let len = s.kv_len.next_multiple_of(PAD);
+        let key_words = s.head_dim.div_ceil(per_word);
+        let value_words = s.head_dim.next_multiple_of(PAD);
+        let keys = len * key_words;
+        Self { key_words, value_words, keys, head: keys + len / per_word * value_words }
+    }
+
+    /// Words of scratch memory of a block of so many queries: packed queries,
+    /// output, scores, maxima and sums.
+    fn room(&self, lanes: usize) -> usize {
+        (self.key_words + self.value_words + KEYS + 2) * lanes
+    }
+}
+
 impl Packed {
     /// Packs keys and values of all heads, on all threads.
     pub(super) fn new<P: Product, T: Element>(
@@ -134,11 +156,8 @@ impl Packed {
         k: Heads<'_, T>,
         v: Heads<'_, T>,
     ) -> Self {
-        let len = s.kv_len.next_multiple_of(PAD);
-        let key_words = s.head_dim.div_ceil(P::PER_WORD);
-        let value_words = s.head_dim.next_multiple_of(PAD);
-        let keys = len * key_words;
-        let head = keys + len / P::PER_WORD * value_words;
+        let sizes = Sizes::new(s, P::PER_WORD);
+        let Sizes { key_words, value_words, keys, head } = sizes;
         let mut words = Scratch::take(s.batch * s.heads * head);
         parallel_chunks(cpu, words.as_mut_slice(), head, |i, words| {
             let (b, h) = (i / s.heads, i % s.heads);
@@ -162,7 +181,7 @@ impl Packed {
                 }
             }
         });
-        Self { words, key_words, value_words, keys, head }
+        Self { words, sizes }
     }
 }
 
@@ -193,11 +212,22 @@ pub(super) fn each_block(
     lanes: usize,
     body: impl Fn(usize, usize, usize) + Sync,
 ) {
-    let blocks = s.q_len.div_ceil(WIDE * lanes);
+    let blocks = blocks(s, lanes);
     cpu.parallel(s.batch * s.heads * blocks, |i| {
-        let (head, block) = (i / blocks, i % blocks);
-        body(head / s.heads, head % s.heads, block * WIDE * lanes);
+        let [b, h, first] = block_at(s, lanes, i);
+        body(b, h, first);
     });
+}
+
+/// Blocks of queries of a head.
+fn blocks(s: &AttentionShape, lanes: usize) -> usize {
+    s.q_len.div_ceil(WIDE * lanes)
+}
+
+/// Picture, head and first query of a block.
+fn block_at(s: &AttentionShape, lanes: usize, i: usize) -> [usize; 3] {
+    let (head, block) = (i / blocks(s, lanes), i % blocks(s, lanes));
+    [head / s.heads, head % s.heads, block * WIDE * lanes]
 }
 
 /// The queries of one task, from `at[2]` on.
@@ -255,11 +285,11 @@ unsafe fn queries<P: Product, T: Element, const ROWS: usize, const N: usize>(
     let (s, packed) = (job.shape, job.packed);
     let lanes = N * P::S::LANES;
     let last = (first + lanes).min(s.q_len) - 1;
-    let words = &packed.words.as_slice()[(b * s.heads + h) * packed.head..][..packed.head];
-    let (keys, values) = words.split_at(packed.keys);
+    let Sizes { key_words, value_words, keys, head } = packed.sizes;
+    let words = &packed.words.as_slice()[(b * s.heads + h) * head..][..head];
+    let (keys, values) = words.split_at(keys);
 
-    let (key_words, value_words) = (packed.key_words, packed.value_words);
-    let mut scratch = Scratch::take((key_words + value_words + KEYS + 2) * lanes);
+    let mut scratch = Scratch::take(packed.sizes.room(lanes));
     let (panel, rest) = scratch.as_mut_slice().split_at_mut(key_words * lanes);
     let (acc, rest) = rest.split_at_mut(value_words * lanes);
     let (scores, rest) = rest.split_at_mut(KEYS * lanes);
@@ -319,7 +349,7 @@ fn pack_queries<P: Product, T: Element>(
     panel: &mut [f32],
 ) -> f32 {
     let s = job.shape;
-    let lanes = panel.len() / job.packed.key_words;
+    let lanes = panel.len() / job.packed.sizes.key_words;
     let scale = s.scale * std::f32::consts::LOG2_E;
     // In float32 the queries take the whole factor. In bfloat16 that would
     // round them once more, so they take only its sign (or that it is zero).
@@ -447,4 +477,44 @@ unsafe fn softmax<P: Product, const N: usize>(
         }
     }
     rescale
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// Every query of every head is in one block, and no tile of a product
+        /// reads or writes outside of what is packed.
+        #[test]
+        fn blocks_cover_the_queries_and_stay_in_their_memory(
+            batch in 1..=3_usize, heads in 1..=20_usize, head_dim in 1..=600_usize,
+            q_len in prop_oneof![1..=200_usize, 1..=4096_usize], kv_len in prop_oneof![1..=200_usize, 1..=4096_usize],
+            per_word in 1..=2_usize, lanes in prop::sample::select(vec![8_usize, 16]),
+            rows in prop::sample::select(vec![2_usize, 4, 8]),
+        ) {
+            let s = AttentionShape { batch, heads, head_dim, q_len, kv_len, scale: 1.0, causal: false };
+            let mut next = vec![0; batch * heads];
+            for i in 0..batch * heads * blocks(&s, lanes) {
+                let [b, h, first] = block_at(&s, lanes, i);
+                prop_assert!(next[b * heads + h] == first && first < q_len);
+                next[b * heads + h] = q_len.min(first + WIDE * lanes);
+            }
+            prop_assert!(next.iter().all(|&queries| queries == q_len));
+
+            let sizes = Sizes::new(&s, per_word);
+            for start in (0..kv_len).step_by(KEYS) {
+                let padded = KEYS.min(kv_len - start).next_multiple_of(PAD);
+                prop_assert!(padded.is_multiple_of(rows) && padded <= KEYS && sizes.value_words.is_multiple_of(rows));
+                prop_assert!((start + padded) * sizes.key_words <= sizes.keys);
+                let values = (start / per_word + padded / per_word) * sizes.value_words;
+                prop_assert!(values <= sizes.head - sizes.keys);
+            }
+            prop_assert!(sizes.room(WIDE * lanes) >= (sizes.key_words + sizes.value_words + KEYS) * WIDE * lanes);
+        }
+    }
 }

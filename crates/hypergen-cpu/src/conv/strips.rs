@@ -17,7 +17,7 @@ use half::bf16;
 use super::{ConvShape, nearest};
 use crate::gemm::TILE_K;
 use crate::gemm::amx::Run;
-use crate::gemm::tiles::{Left, MAX_RUNS, Order, Spot};
+use crate::gemm::plan::{BLOCK_TILES, Left, MAX_RUNS, Order, Spot};
 use crate::simd::Simd;
 
 /// Bytes of a panel's step.
@@ -192,13 +192,16 @@ impl Left for Strips<'_> {
     }
     fn unit(&self) -> usize {
         let width = self.shape.out_w;
-        let lines = if self.within_lines { 1 } else { TILE_ROWS >> width.trailing_zeros().min(4) };
+        // Whole tiles, unless a block would then have too many of them: a few
+        // rows of its last tile are the smaller waste.
+        let whole = if self.within_lines { 1 } else { TILE_ROWS >> width.trailing_zeros().min(4) };
+        let lines = whole.min(BLOCK_TILES * TILE_ROWS / width).max(1);
         (width * lines).min(self.span())
     }
     fn span(&self) -> usize {
         self.shape.out_h * self.shape.out_w
     }
-    fn most_rows(&self) -> usize {
+    fn most_rows(&self, _: usize) -> usize {
         usize::MAX
     }
     fn scratch_bytes(&self, rows: usize) -> usize {
@@ -285,3 +288,6 @@ impl Left for Strips<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -56,21 +56,11 @@ pub(super) fn conv2d<T: Element>(
 ) {
     let output = Output::new(out, s.batch * s.in_h * s.in_w, w.n(), Finish::Plain(epilogue));
     let w = w.winograd(|| w.with_sums(cpu, s.in_c, &combinations()));
-    let columns = s.in_w.div_ceil(2);
-    let squares = s.batch * s.in_h.div_ceil(2) * columns;
-    let each = squares.div_ceil(squares.div_ceil(SQUARES).max(4 * cpu.threads())).clamp(1, SQUARES);
-    let (blocks, groups) = (squares.div_ceil(each), w.panels().div_ceil(PANELS));
-    cpu.parallel(blocks * groups, |i| {
-        let (block, group) = (i % blocks, i / blocks);
-        let block = Block {
-            x,
-            shape: s,
-            w,
-            output: &output,
-            squares: block * each..squares.min((block + 1) * each),
-            panels: group * PANELS..w.panels().min((group + 1) * PANELS),
-        };
-        with_scratch(PLACES * SQUARES * (PITCH + PANELS * PANEL) + 4 * SQUARES * PANEL, |scratch| {
+    let plan = Plan::new(s, w.panels(), cpu.threads());
+    cpu.parallel(plan.blocks(), |i| {
+        let (squares, panels) = plan.place(i);
+        let block = Block { x, shape: s, w, output: &output, squares, panels };
+        with_scratch(ROOM, |scratch| {
             // SAFETY: `Cpu` only names sets that the machine has; scratch is
             // long enough; blocks do not overlap.
             unsafe {
@@ -86,6 +76,76 @@ pub(super) fn conv2d<T: Element>(
             }
         });
     });
+}
+
+/// Floats of scratch memory of a block: transformed squares, their sums, and
+/// two lines of outputs.
+const ROOM: usize = PLACES * SQUARES * (PITCH + PANELS * PANEL) + 4 * SQUARES * PANEL;
+
+/// How the squares of all pictures and the panels are cut into blocks.
+struct Plan {
+    squares: usize,
+    panels: usize,
+    /// Squares of a block.
+    each: usize,
+}
+
+impl Plan {
+    fn new(s: &ConvShape, panels: usize, threads: usize) -> Self {
+        let squares = s.batch * s.in_h.div_ceil(2) * s.in_w.div_ceil(2);
+        let each = squares.div_ceil(squares.div_ceil(SQUARES).max(4 * threads)).clamp(1, SQUARES);
+        Self { squares, panels, each }
+    }
+
+    /// Blocks in all.
+    fn blocks(&self) -> usize {
+        self.squares.div_ceil(self.each) * self.panels.div_ceil(PANELS)
+    }
+
+    /// Squares and panels of a block.
+    fn place(&self, block: usize) -> (Range<usize>, Range<usize>) {
+        let rows = self.squares.div_ceil(self.each);
+        let (square, panel) = (block % rows * self.each, block / rows * PANELS);
+        (square..self.squares.min(square + self.each), panel..self.panels.min(panel + PANELS))
+    }
+}
+
+/// Squares side by side in two lines of a picture.
+struct Stretch {
+    /// Where in the block they begin.
+    first: usize,
+    count: usize,
+    /// The first output of their upper line, and of the lower if there is one.
+    lines: [Option<usize>; 2],
+    /// Outputs of each line.
+    outputs: usize,
+}
+
+/// Picture, line and column of a square.
+#[inline(always)]
+fn place_of(s: &ConvShape, square: usize) -> (usize, usize, usize) {
+    let (lines, columns) = (s.in_h.div_ceil(2), s.in_w.div_ceil(2));
+    (square / columns / lines, square / columns % lines, square % columns)
+}
+
+/// Cuts the squares of a block where a line of their picture ends.
+#[inline(always)]
+fn stretches(s: &ConvShape, squares: Range<usize>) -> impl Iterator<Item = Stretch> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let left = squares.len() - first;
+        if left == 0 {
+            return None;
+        }
+        let (picture, line, column) = place_of(s, squares.start + first);
+        let count = (s.in_w.div_ceil(2) - column).min(left);
+        let at = |y: usize| (picture * s.in_h + y) * s.in_w + 2 * column;
+        let lower = (2 * line + 1 < s.in_h).then(|| at(2 * line + 1));
+        let outputs = (2 * count).min(s.in_w - 2 * column);
+        let stretch = Stretch { first, count, lines: [Some(at(2 * line)), lower], outputs };
+        first += count;
+        Some(stretch)
+    })
 }
 
 /// For each place of a square, the taps that it sums and their factors.
@@ -148,12 +208,6 @@ impl<T: Element> Block<'_, T> {
         }
     }
 
-    /// Picture, line and column of a square.
-    fn place(&self, square: usize) -> (usize, usize, usize) {
-        let (lines, columns) = (self.shape.in_h.div_ceil(2), self.shape.in_w.div_ceil(2));
-        (square / columns / lines, square / columns % lines, square % columns)
-    }
-
     /// Writes some channels of a transformed square, places [`SQUARES`] rows apart.
     ///
     /// # Safety
@@ -161,7 +215,7 @@ impl<T: Element> Block<'_, T> {
     #[inline(always)]
     unsafe fn transform<S: Registers>(&self, square: usize, channels: Range<usize>, to: *mut f32) {
         let s = self.shape;
-        let (picture, line, column) = self.place(square);
+        let (picture, line, column) = place_of(s, square);
         let mut pixels = [std::ptr::null::<T>(); PLACES];
         for (i, pixel) in pixels.iter_mut().enumerate() {
             let (y, x) = (2 * line + i / 4, 2 * column + i % 4);
@@ -206,25 +260,21 @@ impl<T: Element> Block<'_, T> {
     /// As for `run`.
     #[inline(always)]
     unsafe fn finish<S: Registers>(&self, sums: *const f32, panel: usize, lines: &mut [f32]) {
-        let s = self.shape;
         let lines = lines.as_mut_ptr();
-        let mut done = 0;
-        while done < self.squares.len() {
-            let (picture, line, column) = self.place(self.squares.start + done);
-            let count = (s.in_w.div_ceil(2) - column).min(self.squares.len() - done);
+        for stretch in stretches(self.shape, self.squares.clone()) {
             // SAFETY: the caller's contract; two lines of `2 * count` rows fit.
             unsafe {
-                for i in 0..count {
-                    outputs_of_square::<S>(sums.add((done + i) * PANEL), lines.add(2 * i * PANEL));
+                for i in 0..stretch.count {
+                    let sums = sums.add((stretch.first + i) * PANEL);
+                    outputs_of_square::<S>(sums, lines.add(2 * i * PANEL));
                 }
-                for half in 0..2.min(s.in_h - 2 * line) {
-                    let row = (picture * s.in_h + 2 * line + half) * s.in_w + 2 * column;
-                    let rows = (2 * count).min(s.in_w - 2 * column);
-                    let from = lines.add(half * 2 * SQUARES * PANEL);
-                    self.output.tile::<S>(from, std::ptr::null(), row, rows, panel);
+                for (half, row) in stretch.lines.into_iter().enumerate() {
+                    if let Some(row) = row {
+                        let from = lines.add(half * 2 * SQUARES * PANEL);
+                        self.output.tile::<S>(from, std::ptr::null(), row, stretch.outputs, panel);
+                    }
                 }
             }
-            done += count;
         }
     }
 }
@@ -296,5 +346,80 @@ mod x86 {
     pub(super) unsafe fn avx512<T: Element>(block: &Block<'_, T>, scratch: &mut [f32]) {
         // SAFETY: by this function's contract.
         unsafe { block.run::<Avx512<false>>(scratch) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::gemm::vector::computed_rows;
+
+    fn shape(batch: usize, h: usize, w: usize) -> ConvShape {
+        ConvShape {
+            batch,
+            in_h: h,
+            in_w: w,
+            in_c: PANEL,
+            up_h: h,
+            up_w: w,
+            kernel_h: 3,
+            kernel_w: 3,
+            stride: 1,
+            pad_top: 1,
+            pad_left: 1,
+            out_h: h,
+            out_w: w,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn squares_cover_every_output_once(
+            batch in 1..=3_usize, h in 1..=300_usize, w in prop_oneof![1..=70_usize, 1..=2100_usize],
+            panels in 1..=30_usize, threads in 1..=64_usize,
+        ) {
+            let s = shape(batch, h, w);
+            let plan = Plan::new(&s, panels, threads);
+            let mut covered = vec![0_u8; batch * h * w];
+            let (mut square, mut panel) = (0, 0);
+            for i in 0..plan.blocks() {
+                let (squares, columns) = plan.place(i);
+                prop_assert!(squares.start == square && columns.start == panel);
+                prop_assert!((1..=SQUARES).contains(&squares.len()) && (1..=PANELS).contains(&columns.len()));
+                square = squares.end % plan.squares;
+                if square == 0 {
+                    panel = columns.end;
+                }
+                if columns.start > 0 {
+                    continue;
+                }
+                for stretch in stretches(&s, squares.clone()) {
+                    prop_assert!(stretch.first + stretch.count <= squares.len());
+                    for row in stretch.lines.into_iter().flatten() {
+                        covered[row..row + stretch.outputs].iter_mut().for_each(|times| *times += 1);
+                    }
+                }
+            }
+            prop_assert_eq!((square, panel), (0, panels));
+            prop_assert!(covered.iter().all(|&times| times == 1));
+        }
+    }
+
+    /// A microkernel may compute more rows than there are squares left, but
+    /// none beyond the room for a place.
+    #[test]
+    fn no_microkernel_leaves_its_place() {
+        for most in [3, 6, 14] {
+            for count in 1..=SQUARES {
+                for first in (0..count).step_by(most) {
+                    let rows = computed_rows(most.min(count - first), most);
+                    assert!(first + rows <= SQUARES, "{count} squares, {most} rows at once");
+                }
+            }
+        }
     }
 }

@@ -10,6 +10,40 @@ use half::bf16;
 
 use super::packed::PANEL;
 
+/// Instructions of the tiles: lines of assembly, named inputs, inputs that are
+/// counted up or down (`mut`), and `asm!`'s options. Tests may have the
+/// emulator interpret the same lines, on any machine.
+macro_rules! tile_code {
+    ([$($line:expr),+ $(,)?] $(, $name:ident = $value:expr)*; $($option:ident),+) => {
+        tile_code!([$($line),+] $(, $name = $value)*;; $($option),+)
+    };
+    (
+        [$($line:expr),+ $(,)?] $(, $name:ident = $value:expr)*;
+        $(mut $counter:ident = $start:expr),*;
+        $($option:ident),+
+    ) => {{
+        #[cfg(test)]
+        let emulated = $crate::gemm::emulator::run(
+            &[$($line),+],
+            &mut [
+                $((stringify!($name), $crate::gemm::emulator::Word::word($value)),)*
+                $((stringify!($counter), $crate::gemm::emulator::Word::word($start)),)*
+            ],
+        );
+        #[cfg(not(test))]
+        let emulated = false;
+        if !emulated {
+            std::arch::asm!(
+                $($line),+,
+                $($name = in(reg) $value,)*
+                $($counter = inout(reg) $start => _,)*
+                options($($option),+)
+            );
+        }
+    }};
+}
+pub(crate) use tile_code;
+
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
 
@@ -44,12 +78,19 @@ impl Tiles {
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
         Self { not_send: PhantomData }
     }
+
+    /// Tiles that this thread emulates, on a machine that need not have any.
+    #[cfg(test)]
+    pub(crate) fn emulated() -> Self {
+        super::emulator::start();
+        Self { not_send: PhantomData }
+    }
 }
 
 impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: a `Tiles` exists only where AMX does.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        unsafe { tile_code!(["tilerelease"]; nostack, nomem) };
     }
 }
 
@@ -152,20 +193,18 @@ pub(super) unsafe fn multiply_pair(
     // one `asm!` to the next because compiled code never uses them.
     unsafe {
         let run = o.runs[0];
-        asm!(
+        tile_code!([
             "tileloadd tmm4, [{a0} + {stride}]",
             "tileloaddt1 tmm6, [{b} + {line}]",
             "tileloaddt1 tmm7, [{b} + {line} + 1024]",
             "tileloadd tmm5, [{a1} + {stride}]",
-            a0 = in(reg) o.a[0].byte_add(run.a),
-            a1 = in(reg) o.a[1].byte_add(run.a),
-            b = in(reg) o.b.byte_add(run.b),
-            stride = in(reg) o.stride,
-            line = in(reg) 64_usize,
-            options(nostack, readonly)
+        ],
+            a0 = o.a[0].byte_add(run.a), a1 = o.a[1].byte_add(run.a), b = o.b.byte_add(run.b),
+            stride = o.stride, line = 64_usize;
+            nostack, readonly
         );
         if o.first && !previous.is_null() {
-            asm!(
+            tile_code!([
                 "tilestored [{c} + {s}], tmm0",
                 "tilezero tmm0",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -178,21 +217,18 @@ pub(super) unsafe fn multiply_pair(
                 "tilestored [{low} + {s} + 64], tmm3",
                 "tilezero tmm3",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                c = in(reg) previous, low = in(reg) previous.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
-                options(nostack)
-            );
+            ], c = previous, low = previous.add(TILE_ROWS * PANEL), s = C_STRIDE; nostack);
         } else {
             if !previous.is_null() {
                 store(previous);
             }
             load(o.c, o.first);
-            asm!(
+            tile_code!([
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                options(nostack, nomem)
-            );
+            ]; nostack, nomem);
         }
         for (i, run) in o.runs.iter().enumerate() {
             let mut ahead = ahead.get(i).copied().unwrap_or(Ahead::NOTHING);
@@ -222,7 +258,7 @@ unsafe fn steps<const KEEP: bool>(
 ) {
     macro_rules! multiply {
         ($load:literal, $count:expr) => {
-            asm!(
+            tile_code!([
                 "2:",
                 concat!($load, " tmm4, [{a0} + {stride}]"),
                 "tileloaddt1 tmm6, [{b} + {line}]",
@@ -237,13 +273,13 @@ unsafe fn steps<const KEEP: bool>(
                 "add {b}, 2048",
                 "dec {n}",
                 "jnz 2b",
-                a0 = inout(reg) o.a[0].byte_add(run.a + range.start * 64) => _,
-                a1 = inout(reg) o.a[1].byte_add(run.a + range.start * 64) => _,
-                b = inout(reg) o.b.byte_add(run.b + range.start * 2048) => _,
-                n = inout(reg) $count => _,
-                stride = in(reg) o.stride,
-                line = in(reg) 64_usize,
-                options(nostack, readonly)
+            ],
+                stride = o.stride, line = 64_usize;
+                mut a0 = o.a[0].byte_add(run.a + range.start * 64),
+                mut a1 = o.a[1].byte_add(run.a + range.start * 64),
+                mut b = o.b.byte_add(run.b + range.start * 2048),
+                mut n = $count;
+                nostack, readonly
             )
         };
     }
@@ -282,16 +318,14 @@ unsafe fn load(c: *mut f32, zero: bool) {
     // SAFETY: the caller's contract.
     unsafe {
         if zero {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+            tile_code!(["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"]; nostack, nomem);
         } else {
-            asm!(
+            tile_code!([
                 "tileloadd tmm0, [{c} + {s}]",
                 "tileloadd tmm1, [{c} + {s} + 64]",
                 "tileloadd tmm2, [{low} + {s}]",
                 "tileloadd tmm3, [{low} + {s} + 64]",
-                c = in(reg) c, low = in(reg) c.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
-                options(nostack, readonly)
-            );
+            ], c = c, low = c.add(TILE_ROWS * PANEL), s = C_STRIDE; nostack, readonly);
         }
     }
 }
@@ -304,14 +338,12 @@ unsafe fn load(c: *mut f32, zero: bool) {
 pub(super) unsafe fn store(c: *mut f32) {
     // SAFETY: the caller's contract.
     unsafe {
-        asm!(
+        tile_code!([
             "tilestored [{c} + {s}], tmm0",
             "tilestored [{c} + {s} + 64], tmm1",
             "tilestored [{low} + {s}], tmm2",
             "tilestored [{low} + {s} + 64], tmm3",
-            c = in(reg) c, low = in(reg) c.add(TILE_ROWS * PANEL), s = in(reg) C_STRIDE,
-            options(nostack)
-        );
+        ], c = c, low = c.add(TILE_ROWS * PANEL), s = C_STRIDE; nostack);
     }
 }
 
@@ -324,17 +356,15 @@ pub(super) unsafe fn multiply_single(o: &Operands<'_>) {
     // SAFETY: as in `multiply_pair`.
     unsafe {
         if o.first {
-            asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+            tile_code!(["tilezero tmm0", "tilezero tmm1"]; nostack, nomem);
         } else {
-            asm!(
+            tile_code!([
                 "tileloadd tmm0, [{c} + {s}]",
                 "tileloadd tmm1, [{c} + {s} + 64]",
-                c = in(reg) o.c, s = in(reg) C_STRIDE,
-                options(nostack, readonly)
-            );
+            ], c = o.c, s = C_STRIDE; nostack, readonly);
         }
         for run in o.runs {
-            asm!(
+            tile_code!([
                 "2:",
                 "tileloadd tmm4, [{a} + {stride}]",
                 "tileloaddt1 tmm6, [{b} + {line}]",
@@ -345,19 +375,15 @@ pub(super) unsafe fn multiply_single(o: &Operands<'_>) {
                 "add {b}, 2048",
                 "dec {n}",
                 "jnz 2b",
-                a = inout(reg) o.a[0].byte_add(run.a) => _,
-                b = inout(reg) o.b.byte_add(run.b) => _,
-                n = inout(reg) run.steps => _,
-                stride = in(reg) o.stride,
-                line = in(reg) 64_usize,
-                options(nostack, readonly)
+            ],
+                stride = o.stride, line = 64_usize;
+                mut a = o.a[0].byte_add(run.a), mut b = o.b.byte_add(run.b), mut n = run.steps;
+                nostack, readonly
             );
         }
-        asm!(
+        tile_code!([
             "tilestored [{c} + {s}], tmm0",
             "tilestored [{c} + {s} + 64], tmm1",
-            c = in(reg) o.c, s = in(reg) C_STRIDE,
-            options(nostack)
-        );
+        ], c = o.c, s = C_STRIDE; nostack);
     }
 }

@@ -51,19 +51,12 @@ pub(super) fn multiply<T: Element, R: Rows<T>>(
         Isa::Avx2 => 6,
         Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => 14,
     };
-    // Values and gates of a GEGLU stay together.
-    let unit = output.unit();
-    let (block_rows, block_panels) = cut(m, panels, tile_rows, unit, cpu.threads());
-    let row_blocks = m.div_ceil(block_rows);
-    let panel_blocks = panels.div_ceil(block_panels);
-    cpu.parallel(row_blocks * panel_blocks, |i| {
-        let (r, p) = (i % row_blocks * block_rows, i / row_blocks * block_panels);
-        let rows = r..m.min(r + block_rows);
-        let panels = p..panels.min(p + block_panels);
-        let accumulators = rows.len().next_multiple_of(tile_rows) * panels.len() * PANEL;
-        let packed = rows.len().next_multiple_of(tile_rows) * ROW_BYTES / 4;
+    let plan = Plan::new(m, panels, tile_rows, output.unit(), cpu.threads());
+    cpu.parallel(plan.blocks(), |i| {
+        let (rows, panels) = plan.place(i);
+        let room = plan.room(&rows, &panels);
         let block = Block { a, w, output, rows, panels };
-        with_scratch(accumulators + packed, |scratch| {
+        with_scratch(room, |scratch| {
             // SAFETY: `Cpu` only names sets that the machine has; scratch is
             // long enough; blocks do not overlap.
             unsafe {
@@ -83,25 +76,53 @@ pub(super) fn multiply<T: Element, R: Rows<T>>(
     });
 }
 
-/// Rows and panels of a block: the largest that the caches hold, made smaller
-/// until there are enough for all threads.
-fn cut(m: usize, panels: usize, tile_rows: usize, unit: usize, threads: usize) -> (usize, usize) {
-    let mut rows = (BLOCK_ROWS / tile_rows * tile_rows).min(m.next_multiple_of(tile_rows));
-    let mut cols = BLOCK_PANELS.min(panels);
-    if threads == 1 {
-        return (rows, cols);
-    }
-    let blocks = |rows: usize, cols: usize| m.div_ceil(rows) * panels.div_ceil(cols);
-    while blocks(rows, cols) < BLOCKS_PER_THREAD * threads {
-        if rows > 4 * tile_rows || (cols == unit && rows > tile_rows) {
-            rows = (rows / 2).next_multiple_of(tile_rows);
-        } else if cols > unit {
-            cols = (cols / 2).next_multiple_of(unit);
-        } else {
-            break;
+/// How the output is cut: blocks, the largest that the caches hold, made
+/// smaller until there are enough for all threads.
+struct Plan {
+    m: usize,
+    all_panels: usize,
+    /// Rows that a microkernel computes at once.
+    tile_rows: usize,
+    /// Rows of a block.
+    rows: usize,
+    /// Panels of a block.
+    panels: usize,
+}
+
+impl Plan {
+    /// Values and gates of a GEGLU, `unit` panels, stay together.
+    fn new(m: usize, panels: usize, tile_rows: usize, unit: usize, threads: usize) -> Self {
+        let rows = (BLOCK_ROWS / tile_rows * tile_rows).min(m.next_multiple_of(tile_rows));
+        let mut plan = Self { m, all_panels: panels, tile_rows, rows, panels: BLOCK_PANELS.min(panels) };
+        while threads > 1 && plan.blocks() < BLOCKS_PER_THREAD * threads {
+            if plan.rows > 4 * tile_rows || (plan.panels == unit && plan.rows > tile_rows) {
+                plan.rows = (plan.rows / 2).next_multiple_of(tile_rows);
+            } else if plan.panels > unit {
+                plan.panels = (plan.panels / 2).next_multiple_of(unit);
+            } else {
+                break;
+            }
         }
+        plan
     }
-    (rows, cols)
+
+    /// Blocks in all.
+    fn blocks(&self) -> usize {
+        self.m.div_ceil(self.rows) * self.all_panels.div_ceil(self.panels)
+    }
+
+    /// Rows and panels of a block.
+    fn place(&self, block: usize) -> (Range<usize>, Range<usize>) {
+        let row_blocks = self.m.div_ceil(self.rows);
+        let (row, panel) = (block % row_blocks * self.rows, block / row_blocks * self.panels);
+        (row..self.m.min(row + self.rows), panel..self.all_panels.min(panel + self.panels))
+    }
+
+    /// Floats of scratch memory of a block: accumulators and packed rows, of
+    /// whole tiles.
+    fn room(&self, rows: &Range<usize>, panels: &Range<usize>) -> usize {
+        rows.len().next_multiple_of(self.tile_rows) * (panels.len() * PANEL + ROW_BYTES / 4)
+    }
 }
 
 impl<T: Element, R: Rows<T>> Block<'_, T, R> {
@@ -198,19 +219,40 @@ pub(crate) unsafe fn copy_run<S: Simd, T: Element, E: Element>(from: *const T, l
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    #[test]
-    fn blocks_cover_small_outputs_with_enough_pieces() {
-        for (m, panels, unit) in [(1, 40, 1), (2, 1, 1), (77, 24, 1), (8192, 10, 1), (8192, 80, 2)] {
-            for tile_rows in [3, 6, 14] {
-                for threads in [1, 2, 8] {
-                    let (rows, cols) = cut(m, panels, tile_rows, unit, threads);
-                    assert!(rows % tile_rows == 0 && cols % unit == 0 && cols > 0);
-                    let enough = m.div_ceil(rows) * panels.div_ceil(cols) >= threads;
-                    assert!(enough || (rows == tile_rows && cols == unit) || threads == 1);
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// Whatever the sizes: every output is in one block, every thread has
+        /// one if there are enough outputs, and a block's scratch memory is small.
+        #[test]
+        fn blocks_cover_the_output_once(
+            m in prop_oneof![1..=300_usize, 1..=4096 * 4096_usize],
+            panels in 1..=200_usize, unit in 1..=2_usize, threads in 1..=96_usize,
+            tile_rows in prop::sample::select(vec![3_usize, 6, 14]),
+        ) {
+            let panels = panels * unit;
+            let plan = Plan::new(m, panels, tile_rows, unit, threads);
+            prop_assert!(plan.rows.is_multiple_of(tile_rows) && plan.panels.is_multiple_of(unit));
+            let smallest = plan.rows == tile_rows && plan.panels == unit;
+            prop_assert!(threads == 1 || smallest || plan.blocks() >= threads);
+            let (mut row, mut panel) = (0, 0);
+            for i in 0..plan.blocks() {
+                let (rows, columns) = plan.place(i);
+                prop_assert!(rows.start == row && columns.start == panel && !rows.is_empty() && !columns.is_empty());
+                let tiles = rows.len().div_ceil(tile_rows);
+                let accumulators = tiles * tile_rows * PANEL * columns.len();
+                let room = plan.room(&rows, &columns);
+                prop_assert!(room >= accumulators + tiles * tile_rows * ROW_BYTES / 4 && room * 4 < 1 << 20);
+                row = rows.end % m;
+                if row == 0 {
+                    panel = columns.end;
                 }
             }
+            prop_assert_eq!((row, panel), (0, panels));
         }
     }
 }

@@ -268,3 +268,34 @@ unsafe fn write<S: Simd, T: Element, const FULL: bool>(to: *mut T, v: S::V, lane
     // SAFETY: the caller's contract.
     unsafe { if FULL { S::store(to, v) } else { S::store_part(to, v, lanes) } }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// The four products that make a doubled picture write each of its pixels once.
+        #[test]
+        fn squares_cover_a_doubled_picture_once(batch in 1..=3_usize, h in 1..=70_usize, w in 1..=300_usize) {
+            let m = batch * h * w;
+            let mut out = vec![0.0_f32; 4 * m];
+            let mut times = vec![0_u8; 4 * m];
+            let epilogue = Epilogue::default();
+            for (line, column) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                let square = Square { width: w, line, column };
+                let output = Output::in_squares(&mut out, m, 1, Finish::Plain(&epilogue), square);
+                for row in 0..m {
+                    times[output.stored_row(row)] += 1;
+                    #[cfg(target_arch = "x86_64")]
+                    if let Some(step) = output.row_step(row, 16.min(m - row)) {
+                        let last = 16.min(m - row) - 1;
+                        prop_assert_eq!(output.stored_row(row + last), output.stored_row(row) + last * step);
+                    }
+                }
+            }
+            prop_assert!(times.iter().all(|&times| times == 1));
+        }
+    }
+}

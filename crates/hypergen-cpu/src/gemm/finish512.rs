@@ -4,6 +4,7 @@
 //! row by row here; the others fall back on [`Output::tile`].
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use half::bf16;
 
@@ -11,8 +12,9 @@ use super::Activation;
 use super::amx::{Between, TILE_ROWS};
 use super::epilogue::{Finish, Output};
 use super::packed::PANEL;
-use super::tiles::{Spot, Vectors};
+use super::plan::Spot;
 use crate::cache::second_level_bytes;
+use crate::simd::avx512::Avx512;
 use crate::simd::{Simd, math};
 
 /// Finished sums of two tiles of rows and a panel.
@@ -26,9 +28,93 @@ pub(super) struct Sums {
     pub(super) panel: usize,
 }
 
+/// The vectors that work around the tiles.
+///
+/// # Safety
+/// Every method may only be called where the machine has the set.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all methods, stated above")]
+pub(super) trait Around: Simd {
+    /// Finishes one row of a whole panel, of a [`Kind`] but [`Kind::Other`],
+    /// all of whose pointers are as [`Finisher`] has them.
+    unsafe fn row<const KIND: usize, const STREAM: bool>(
+        values: *const f32,
+        gates: *const f32,
+        bias: &[f32; 2 * PANEL],
+        residual: *const bf16,
+        to: *mut bf16,
+    );
+
+    /// Finishes all rows by the general function; see [`Output::tile`].
+    unsafe fn all_rows(output: &Output<'_, bf16>, sums: &Sums);
+}
+
+impl Around for Avx512<true> {
+    #[inline(always)]
+    unsafe fn row<const KIND: usize, const STREAM: bool>(
+        values: *const f32,
+        gates: *const f32,
+        bias: &[f32; 2 * PANEL],
+        residual: *const bf16,
+        to: *mut bf16,
+    ) {
+        let bias = bias.as_ptr();
+        // SAFETY: by the contract; rows of sums have 32 values, and the panel is whole.
+        unsafe {
+            let mut low = _mm512_add_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(bias));
+            let mut high = _mm512_add_ps(_mm512_loadu_ps(values.add(16)), _mm512_loadu_ps(bias.add(16)));
+            if KIND == Kind::Residual as usize {
+                low = _mm512_add_ps(low, Self::load_bf16(residual));
+                high = _mm512_add_ps(high, Self::load_bf16(residual.add(16)));
+            }
+            if KIND == Kind::Geglu as usize {
+                let a = _mm512_add_ps(_mm512_loadu_ps(gates), _mm512_loadu_ps(bias.add(32)));
+                let b = _mm512_add_ps(_mm512_loadu_ps(gates.add(16)), _mm512_loadu_ps(bias.add(48)));
+                low = _mm512_mul_ps(low, math::activate::<Self, bf16>(Activation::Gelu, a));
+                high = _mm512_mul_ps(high, math::activate::<Self, bf16>(Activation::Gelu, b));
+            }
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            if STREAM {
+                _mm512_stream_si512(to.cast(), both);
+            } else {
+                _mm512_storeu_si512(to.cast(), both);
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    unsafe fn all_rows(output: &Output<'_, bf16>, sums: &Sums) {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+        unsafe fn compiled(output: &Output<'_, bf16>, sums: &Sums) {
+            // SAFETY: by the contract.
+            unsafe { sums.finish::<Avx512<true>>(output) }
+        }
+        // SAFETY: by the contract.
+        unsafe { compiled(output, sums) }
+    }
+}
+
+impl Sums {
+    /// Finishes all rows by the general function.
+    ///
+    /// # Safety
+    /// As for [`Output::tile`].
+    #[inline(always)]
+    pub(super) unsafe fn finish<S: Simd>(&self, output: &Output<'_, bf16>) {
+        for (i, spot) in self.spots.iter().enumerate() {
+            let offset = i * TILE_ROWS * PANEL;
+            // SAFETY: by the contract.
+            unsafe {
+                let [values, gates] = self.c.map(|c| c.add(offset));
+                output.tile::<S>(values, gates, spot.row, spot.rows, self.panel);
+            }
+        }
+    }
+}
+
 /// What is done to a row.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     /// Bias only.
     Plain,
     /// Bias, then the residual is added.
@@ -40,7 +126,7 @@ enum Kind {
 }
 
 /// Finishes sums row by row.
-pub(super) struct Finisher<'a> {
+pub(super) struct Finisher<'a, V> {
     output: &'a Output<'a, bf16>,
     kind: Kind,
     /// Whether outputs pass the caches by: they are whole lines, and too many
@@ -63,12 +149,12 @@ pub(super) struct Finisher<'a> {
     /// The sums, and which of their tiles of rows is at hand.
     sums: Sums,
     half: usize,
+    vectors: PhantomData<V>,
 }
 
-impl<'a> Finisher<'a> {
+impl<'a, V: Around> Finisher<'a, V> {
     /// A finisher that has nothing to do.
     pub(super) fn new(output: &'a Output<'a, bf16>) -> Self {
-        let nowhere = Spot { a: std::ptr::null(), row: 0, rows: 0 };
         Self {
             output,
             kind: Kind::Plain,
@@ -81,8 +167,9 @@ impl<'a> Finisher<'a> {
             residual: std::ptr::null(),
             pitch: output.n,
             bias: [0.0; 2 * PANEL],
-            sums: Sums { c: [std::ptr::null(); 2], spots: [nowhere; 2], panel: 0 },
+            sums: Sums { c: [std::ptr::null(); 2], spots: [Spot::NOTHING; 2], panel: 0 },
             half: 0,
+            vectors: PhantomData,
         }
     }
 
@@ -91,8 +178,7 @@ impl<'a> Finisher<'a> {
     ///
     /// # Safety
     /// Before the first piece the sums are written and then left alone, the rows
-    /// exist, nobody else writes these outputs, and the machine has AVX-512 with
-    /// bfloat16.
+    /// exist, nobody else writes these outputs, and the machine has the set of `V`.
     #[inline(always)]
     pub(super) unsafe fn begin(&mut self, sums: Sums, pieces: usize) {
         debug_assert_eq!(self.left, 0, "the last sums are finished");
@@ -139,26 +225,6 @@ impl<'a> Finisher<'a> {
         }
     }
 
-    /// Finishes everything at once, by the general function.
-    ///
-    /// # Safety
-    /// As for [`Finisher::begin`].
-    #[cold]
-    #[inline(never)]
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn at_once(&mut self) {
-        let sums = &self.sums;
-        for (i, spot) in sums.spots.iter().enumerate() {
-            let offset = i * TILE_ROWS * PANEL;
-            // SAFETY: by the contract.
-            unsafe {
-                let [values, gates] = [sums.c[0].add(offset), sums.c[1].add(offset)];
-                self.output.tile::<Vectors>(values, gates, spot.row, spot.rows, sums.panel);
-            }
-        }
-        (self.left, self.half) = (0, 1);
-    }
-
     /// Goes to the first row of one of the two tiles of rows.
     ///
     /// # Safety
@@ -181,21 +247,20 @@ impl<'a> Finisher<'a> {
         unsafe {
             match self.output.finish {
                 Finish::Plain(e) => {
-                    let (mut a, mut b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-                    if let Some(bias) = e.bias {
-                        a = _mm512_loadu_ps(bias.as_ptr().add(col));
-                        b = _mm512_loadu_ps(bias.as_ptr().add(col + 16));
+                    let group = e.group_bias.filter(|_| spot.rows > 0).map(|g| {
+                        let start = spot.row / g.rows_per_group * self.output.n + col;
+                        g.values[start..][..PANEL].as_ptr()
+                    });
+                    for i in (0..PANEL).step_by(V::LANES) {
+                        let mut sum = V::splat(0.0);
+                        if let Some(bias) = e.bias {
+                            sum = V::load_f32(bias.as_ptr().add(col + i));
+                        }
+                        if let Some(group) = group {
+                            sum = V::add(sum, V::load_bf16(group.add(i)));
+                        }
+                        V::store_f32(self.bias.as_mut_ptr().add(i), sum);
                     }
-                    if let Some(g) = e.group_bias
-                        && spot.rows > 0
-                    {
-                        let group = spot.row / g.rows_per_group * self.output.n + col;
-                        let from = g.values[group..][..PANEL].as_ptr();
-                        a = _mm512_add_ps(a, Vectors::load_bf16(from));
-                        b = _mm512_add_ps(b, Vectors::load_bf16(from.add(16)));
-                    }
-                    _mm512_storeu_ps(self.bias.as_mut_ptr(), a);
-                    _mm512_storeu_ps(self.bias.as_mut_ptr().add(16), b);
                     if let Some(residual) = e.residual {
                         self.residual = residual.as_ptr().wrapping_add(at);
                     }
@@ -222,32 +287,16 @@ impl<'a> Finisher<'a> {
         let count = self.each.min(self.left);
         let (mut values, mut gates, mut to) = (self.values, self.gates, self.to);
         let mut residual = self.residual;
-        let (bias, n) = (self.bias.as_ptr(), self.pitch);
-        // SAFETY: by the contract; rows of sums have 32 values, and the panel is whole.
-        unsafe {
-            for _ in 0..count {
-                let mut low = _mm512_add_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(bias));
-                let mut high = _mm512_add_ps(_mm512_loadu_ps(values.add(16)), _mm512_loadu_ps(bias.add(16)));
-                if KIND == Kind::Residual as usize {
-                    low = _mm512_add_ps(low, Vectors::load_bf16(residual));
-                    high = _mm512_add_ps(high, Vectors::load_bf16(residual.add(16)));
-                    residual = residual.wrapping_add(n);
-                }
-                if KIND == Kind::Geglu as usize {
-                    let a = _mm512_add_ps(_mm512_loadu_ps(gates), _mm512_loadu_ps(bias.add(32)));
-                    let b = _mm512_add_ps(_mm512_loadu_ps(gates.add(16)), _mm512_loadu_ps(bias.add(48)));
-                    low = _mm512_mul_ps(low, math::activate::<Vectors, bf16>(Activation::Gelu, a));
-                    high = _mm512_mul_ps(high, math::activate::<Vectors, bf16>(Activation::Gelu, b));
-                    gates = gates.wrapping_add(PANEL);
-                }
-                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                if STREAM {
-                    _mm512_stream_si512(to.cast(), both);
-                } else {
-                    _mm512_storeu_si512(to.cast(), both);
-                }
-                values = values.wrapping_add(PANEL);
-                to = to.wrapping_add(n);
+        for _ in 0..count {
+            // SAFETY: by the contract; the panel is whole.
+            unsafe { V::row::<KIND, STREAM>(values, gates, &self.bias, residual, to) };
+            values = values.wrapping_add(PANEL);
+            to = to.wrapping_add(self.pitch);
+            if KIND == Kind::Residual as usize {
+                residual = residual.wrapping_add(self.pitch);
+            }
+            if KIND == Kind::Geglu as usize {
+                gates = gates.wrapping_add(PANEL);
             }
         }
         (self.values, self.gates, self.to, self.residual) = (values, gates, to, residual);
@@ -255,7 +304,7 @@ impl<'a> Finisher<'a> {
     }
 }
 
-impl Drop for Finisher<'_> {
+impl<V> Drop for Finisher<'_, V> {
     fn drop(&mut self) {
         if self.stream {
             // SAFETY: every processor with AVX-512 has it. Stores that pass the
@@ -265,7 +314,7 @@ impl Drop for Finisher<'_> {
     }
 }
 
-impl Between for Finisher<'_> {
+impl<V: Around> Between for Finisher<'_, V> {
     #[inline(always)]
     fn is_done(&self) -> bool {
         self.left == 0
@@ -282,7 +331,10 @@ impl Between for Finisher<'_> {
                 (Kind::Residual, true) => self.some::<{ Kind::Residual as usize }, true>(),
                 (Kind::Geglu, false) => self.some::<{ Kind::Geglu as usize }, false>(),
                 (Kind::Geglu, true) => self.some::<{ Kind::Geglu as usize }, true>(),
-                (Kind::Other, _) => self.at_once(),
+                (Kind::Other, _) => {
+                    V::all_rows(self.output, &self.sums);
+                    (self.left, self.half) = (0, 1);
+                }
             }
             if self.left == 0 && self.half == 0 {
                 self.tile_of_rows(1);

@@ -9,10 +9,14 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) mod emulator;
 mod epilogue;
 #[cfg(target_arch = "x86_64")]
 mod finish512;
 mod packed;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod plan;
 mod portable;
 mod rewrite;
 #[cfg(target_arch = "x86_64")]

@@ -65,7 +65,7 @@ pub fn rewrite<T: Element, E: FnMut(Range<usize>, &mut [f32])>(
                 run(cpu.isa(), Narrow { values, panel: &mut to[padded] });
             });
         }
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: a fence touches nothing. It puts the streamed stores before whatever
         // tells the others that this task is done.
         unsafe {
@@ -126,13 +126,13 @@ impl<T: Element> PackedMatrix<T> {
 /// Asks for what is read next: the processor's own prefetching stops at the
 /// end of each small page.
 fn prefetch<T>(from: *const T, len: usize) {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     for line in 0..(len * size_of::<T>()).div_ceil(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch touches nothing, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(line * 64)) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(any(not(target_arch = "x86_64"), miri))]
     let _ = (from, len);
 }
 
@@ -312,7 +312,7 @@ impl<T: Element> Kernel for Narrow<'_, T> {
 /// # Safety
 /// `to` is the start of a line that may be written.
 #[inline(always)]
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     for i in 0..4 {
@@ -330,7 +330,7 @@ unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
 /// # Safety
 /// `to` is the start of a line that may be written.
 #[inline(always)]
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 unsafe fn stream<T: Element>(to: *mut T, words: &[u32; COLUMNS]) {
     // SAFETY: a line is sixteen words, and elements of this kind have two bytes.
     unsafe { to.cast::<[u32; COLUMNS]>().write(*words) };

@@ -92,6 +92,17 @@ pub(crate) unsafe fn tile<S: Registers, M: Microkernel<S>>(rows: usize, operands
     }
 }
 
+/// The rows that [`tile`] computes, where a set has at most `most`.
+#[cfg(test)]
+pub(crate) fn computed_rows(rows: usize, most: usize) -> usize {
+    match rows {
+        0..=2 => rows,
+        3..=4 if most >= 4 => 4,
+        5..=8 if most >= 8 => 8,
+        _ => most,
+    }
+}
+
 #[inline(always)]
 unsafe fn tile_of<S: Registers, M: Microkernel<S>, const R: usize>(operands: &Operands<M::A, M::B>) {
     // SAFETY: the caller's contract.

@@ -178,7 +178,8 @@ pub(crate) unsafe fn activate<S: Simd, T: Element>(activation: Activation, x: S:
 mod tests {
     use super::super::{Kernel, MAX_LANES, run};
     use super::*;
-    use crate::{Isa, reference};
+    use crate::reference;
+    use crate::testing::sets;
     use half::bf16;
 
     /// Applies one function to every value of a slice, lane by lane.
@@ -234,7 +235,7 @@ mod tests {
     fn exp_is_exact_to_an_ulp_or_two() {
         let mut x = points(-87.0, 88.6, 200_003);
         x.extend(points(-1.0, 1.0, 50_001));
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             let y = run(isa, Map(&x, Exp));
             for (&x, &y) in x.iter().zip(&y) {
                 let want = f64::from(x).exp();
@@ -251,7 +252,7 @@ mod tests {
     #[test]
     fn activations_match_the_oracle() {
         let x = points(-20.0, 20.0, 100_001);
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
                 let precise = run(isa, Map(&x, Activate::<f32>(activation, std::marker::PhantomData)));
                 let coarse = run(isa, Map(&x, Activate::<bf16>(activation, std::marker::PhantomData)));
@@ -278,7 +279,7 @@ mod tests {
     #[test]
     fn activations_stay_finite_far_out() {
         let x = [-3e38, -1e4, -200.0, 200.0, 1e4, 3e38];
-        for &isa in Isa::supported() {
+        for &isa in sets() {
             for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
                 for y in [
                     run(isa, Map(&x, Activate::<f32>(activation, std::marker::PhantomData))),

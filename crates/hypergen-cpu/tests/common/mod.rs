@@ -6,6 +6,10 @@ use hypergen_cpu::{
     Activation, AlignedVec, Cpu, CpuConfig, Element, ElementKind, Epilogue, GroupBias, Isa, PackedMatrix,
 };
 
+mod sets;
+
+pub(crate) use sets::sets;
+
 /// A processor with this set and number of threads.
 pub(crate) fn cpu(isa: Isa, threads: usize) -> Cpu {
     Cpu::new(&CpuConfig { threads: Some(threads), isa: Some(isa) }).expect("a supported set")

@@ -8,6 +8,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::recognise;
+
 /// Parts of a model with their weights' name; the last two only SDXL has.
 const WEIGHTS: [(&str, &str, bool); 4] = [
     ("unet", "diffusion_pytorch_model", true),
@@ -96,20 +98,11 @@ fn no_weights(files: &[String], part: &str, stem: &str) -> String {
 }
 
 fn no_index(files: &[String]) -> String {
-    let single: Vec<&str> = files
-        .iter()
-        .map(String::as_str)
-        .filter(|f| f.ends_with(".safetensors") && !f.contains('/'))
-        .collect();
-    match single.as_slice() {
-        [] => "it holds no model_index.json, so it is no model in the diffusers layout".into(),
-        files => format!(
-            "it holds no model_index.json, so it is no model in the diffusers layout; its single files are {}: put one \
-             behind the name, as in OWNER/NAME/{}",
-            files.join(", "),
-            files[0]
-        ),
-    }
+    let hint = recognise::listing(files).map_or(String::new(), |hint| format!("; {hint}"));
+    format!(
+        "it holds no model_index.json, so it is no model in the diffusers layout{}",
+        hint.replace("FOLDER", "OWNER/NAME")
+    )
 }
 
 /// Files below a snapshot's folder, by their names there.
@@ -235,5 +228,14 @@ mod tests {
         assert!(nothing.contains("no unet/diffusion_pytorch_model.safetensors"), "{nothing}");
         let single = needed(&["x.safetensors".into(), "y.ckpt".into()]).expect_err("single files");
         assert!(single.contains("OWNER/NAME/x.safetensors"), "{single}");
+        for (file, what) in [
+            ("pytorch_lora_weights.safetensors", "LoRA"),
+            ("learned_embeds.safetensors", "textual inversion"),
+            ("model-Q4_0.gguf", "GGUF"),
+            ("unet/model.onnx", "ONNX"),
+        ] {
+            let why = needed(&["README.md".into(), file.into()]).expect_err(file);
+            assert!(why.contains("no model_index.json") && why.contains(what), "{why}");
+        }
     }
 }

@@ -2,27 +2,24 @@
 //!
 //! Applied weights are kept as long as they fit into a bound of bytes, so that
 //! requests that alternate exchange pointers. A set of LoRAs is known by its
-//! files (with size and time, so that a file that was replaced is read anew)
-//! and scales; a scale of 0 is no LoRA.
+//! scales and by the stamps of all files that are read for it, so that what was
+//! replaced, edited or removed is read anew; a scale of 0 is no LoRA.
 
 use std::collections::VecDeque;
-use std::fs::Metadata;
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use hypergen_tensor::{Changed, Device, apply, bytes_to_change};
 
 use super::bind::{Targets, bind};
 use super::file::LoraFile;
-use super::{Lora, PARAM};
+use super::stamp::Stamp;
+use super::{Embedding, Lora, PARAM, settings};
 use crate::{Error, memory};
 
 /// One LoRA of a set, as far as it decides about weights.
 #[derive(Debug, Clone, PartialEq)]
 struct Part {
-    path: PathBuf,
-    bytes: u64,
-    modified: Option<SystemTime>,
+    /// The weights, and every place where their settings may lie.
+    files: Vec<Stamp>,
     scale: f64,
 }
 
@@ -30,6 +27,7 @@ struct Part {
 struct Set {
     parts: Vec<Part>,
     changed: Changed,
+    embeddings: Vec<Embedding>,
     /// A number that tells its text encoders' weights from all others; 0 where
     /// they are the loaded ones.
     text: u64,
@@ -67,6 +65,11 @@ impl Adapters {
         self.sets.front().filter(|_| self.active).map_or(0, |set| set.text)
     }
 
+    /// The words that the LoRAs in use bring along; later ones count where two are the same.
+    pub(crate) fn embeddings(&self) -> &[Embedding] {
+        self.sets.front().filter(|_| self.active).map_or(&[], |set| &set.embeddings)
+    }
+
     /// Whether these LoRAs can be applied.
     ///
     /// # Errors
@@ -83,7 +86,7 @@ impl Adapters {
     /// When a file cannot be used; the model then computes with its loaded weights.
     pub(crate) fn activate(&mut self, loras: &[Lora], device: &Device) -> Result<(), Error> {
         let wanted: Vec<&Lora> = loras.iter().filter(|l| l.scale != 0.0).collect();
-        let parts: Vec<Part> = wanted.iter().map(|lora| part(lora)).collect();
+        let parts: Vec<Part> = wanted.iter().map(|lora| Part::of(lora)).collect();
         let same = |set: &Set| set.parts == parts;
         if self.active && self.sets.front().is_some_and(same) {
             return Ok(());
@@ -130,11 +133,13 @@ impl Adapters {
         mut forgotten: Vec<Set>,
         device: &Device,
     ) -> Result<Set, Error> {
-        let mut changes = vec![];
+        let (mut changes, mut vectors, mut embeddings) = (vec![], vec![], vec![]);
         let mut text = false;
         for lora in loras {
             let bound = bind(&LoraFile::read(&lora.path, &lora.name)?, &self.targets, lora.scale, device)?;
             changes.extend(bound.changes);
+            vectors.extend(bound.vectors);
+            embeddings.extend(bound.embeddings);
             text |= bound.text;
         }
         let bytes = bytes_to_change(changes.iter().map(|(module, _)| module));
@@ -143,24 +148,18 @@ impl Adapters {
         if memory.is_none() {
             memory::check_lora(bytes).map_err(|e| Error { param: Some(PARAM), ..e })?;
         }
-        let changed = apply(device, &changes, memory);
+        let changed = apply(device, &changes, &vectors, memory);
         self.made += 1;
-        Ok(Set { parts, changed, text: if text { self.made } else { 0 } })
+        Ok(Set { parts, changed, embeddings, text: if text { self.made } else { 0 } })
     }
 }
 
-fn part(lora: &Lora) -> Part {
-    let metadata = std::fs::metadata(&lora.path).ok();
-    Part {
-        path: canonical(&lora.path),
-        bytes: metadata.as_ref().map_or(0, Metadata::len),
-        modified: metadata.and_then(|m| m.modified().ok()),
-        scale: lora.scale,
+impl Part {
+    fn of(lora: &Lora) -> Self {
+        let settings = settings::beside(&lora.path);
+        let files = std::iter::once(&lora.path).chain(&settings).map(|path| Stamp::of(path));
+        Self { files: files.collect(), scale: lora.scale }
     }
-}
-
-fn canonical(path: &Path) -> PathBuf {
-    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 /// What may be kept where nothing else is said: three LoRAs of SD 1.5 in bfloat16.

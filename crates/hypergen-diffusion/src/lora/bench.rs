@@ -44,8 +44,12 @@ pub(crate) fn measure(
     subject: &Subject<'_>,
     rank: usize,
 ) -> Result<Vec<Measured>, Error> {
-    let modules: Vec<(Component, Module)> =
-        adapters.targets().modules().iter().filter(|(c, m)| by_default(*c, m.name())).cloned().collect();
+    let modules: Vec<(Component, Module)> = adapters
+        .targets()
+        .modules()
+        .filter(|(c, m)| by_default(*c, m.name()))
+        .map(|(c, m)| (c, m.clone()))
+        .collect();
     let half = File::write(&modules, rank, "F16", |v| f16::from_f32(v).to_le_bytes().to_vec())?;
     let single = File::write(&modules, rank, "F32", |v| v.to_le_bytes().to_vec())?;
     // Scales that were never there before.

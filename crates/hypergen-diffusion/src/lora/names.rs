@@ -8,6 +8,9 @@
 //!   `...attn1.processor.to_q_lora.down.weight`, today `....to_q.lora_A.weight`;
 //! * PEFT: `base_model.model.down_blocks.0....to_q.lora_A.weight`.
 //!
+//! ComfyUI adds the keys of its own checkpoints
+//! (`diffusion_model.input_blocks.4.1....`, `text_encoders.clip_l.transformer....`).
+//!
 //! Nothing here reads a file or knows a model's weights; this is spelling.
 
 /// The part of a model that a module belongs to.
@@ -32,7 +35,11 @@ pub(super) enum Role {
     Mid,
     /// Multiplies the change, divided by the rank.
     Alpha,
-    /// DoRA's lengths.
+    /// DoRA's lengths as LyCORIS has them: a request's scale multiplies what
+    /// the whole adapter does.
+    DoraScale,
+    /// DoRA's lengths as PEFT has them: a request's scale multiplies the
+    /// product alone.
     Magnitude,
     /// LoHa's factors, of the first product and of the second.
     HadaW1A,
@@ -51,6 +58,19 @@ pub(super) enum Role {
     KronW2A,
     KronW2B,
     KronT2,
+    /// GLoRA's factors: of what multiplies the loaded weights, and of what is added.
+    GloraA1,
+    GloraA2,
+    GloraB1,
+    GloraB2,
+    /// A difference as it is, of a weight and of a bias.
+    Diff,
+    DiffBias,
+    /// The same, under the names that normalisations have for it.
+    NormWeight,
+    NormBias,
+    /// The bias of LoRA's left factor: scaled as the product is.
+    UpBias,
 }
 
 /// Ends of tensor names, longer ones before those that they end with.
@@ -68,7 +88,10 @@ const ENDS: &[(&str, Role)] = &[
     (".lora_B.weight", Role::Up),
     ("_lora.alpha", Role::Alpha),
     (".alpha", Role::Alpha),
-    (".dora_scale", Role::Magnitude),
+    (".lora_A", Role::Down),
+    (".lora_B", Role::Up),
+    (".lora_B.bias", Role::UpBias),
+    (".dora_scale", Role::DoraScale),
     (".lora_magnitude_vector.weight", Role::Magnitude),
     (".lora_magnitude_vector", Role::Magnitude),
     (".hada_w1_a", Role::HadaW1A),
@@ -84,6 +107,14 @@ const ENDS: &[(&str, Role)] = &[
     (".lokr_w2_a", Role::KronW2A),
     (".lokr_w2_b", Role::KronW2B),
     (".lokr_t2", Role::KronT2),
+    (".a1.weight", Role::GloraA1),
+    (".a2.weight", Role::GloraA2),
+    (".b1.weight", Role::GloraB1),
+    (".b2.weight", Role::GloraB2),
+    (".diff", Role::Diff),
+    (".diff_b", Role::DiffBias),
+    (".w_norm", Role::NormWeight),
+    (".b_norm", Role::NormBias),
 ];
 
 /// Parts of a name after which PEFT may put an adapter's own name.
@@ -97,12 +128,21 @@ pub(super) fn split(key: &str) -> Option<(&str, Role)> {
     let named = || {
         NAMED.iter().find_map(|(part, role)| {
             let (module, rest) = key.rsplit_once(part)?;
-            let adapter = rest.strip_suffix(".weight").unwrap_or(rest);
+            let bias = rest.strip_suffix(".bias").filter(|_| *role == Role::Up);
+            let role = if bias.is_some() { Role::UpBias } else { *role };
+            let adapter = bias.unwrap_or_else(|| rest.strip_suffix(".weight").unwrap_or(rest));
             let one_word = !adapter.is_empty() && !adapter.contains('.') && adapter != "bias";
-            one_word.then_some((module, *role))
+            one_word.then_some((module, role))
         })
     };
     plain.or_else(named).filter(|(module, _)| !module.is_empty())
+}
+
+/// An embedding in a LoRA file (`bundle_emb.NAME.VECTORS`): its name, and that
+/// of its vectors.
+pub(super) fn bundled(key: &str) -> Option<(&str, &str)> {
+    let (name, vectors) = key.strip_prefix("bundle_emb.")?.split_once('.')?;
+    (!name.is_empty()).then_some((name, vectors))
 }
 
 /// A module as it is looked up: the part of the model, if the name says so,
@@ -114,17 +154,32 @@ pub(super) struct Place {
     pub(super) path: String,
 }
 
-/// Beginnings of module names.
-const STARTS: &[(&str, Option<Component>)] = &[
-    ("lora_unet_", Some(Component::UNet)),
-    ("lora_te1_", Some(Component::Text)),
-    ("lora_te2_", Some(Component::Text2)),
-    ("lora_te_", Some(Component::Text)),
-    ("unet.", Some(Component::UNet)),
-    ("text_encoder_2.", Some(Component::Text2)),
-    ("text_encoder.", Some(Component::Text)),
-    ("model.diffusion_model.", Some(Component::UNet)),
-    ("diffusion_model.", Some(Component::UNet)),
+/// Beginnings of module names, longer ones before those that they begin with.
+const STARTS: &[(&str, Component)] = &[
+    ("lora_unet_", Component::UNet),
+    ("lora_unet.", Component::UNet),
+    ("lycoris_", Component::UNet),
+    ("lora_te1_", Component::Text),
+    ("lora_te1.", Component::Text),
+    ("lora_te2_", Component::Text2),
+    ("lora_te2.", Component::Text2),
+    ("lora_te_", Component::Text),
+    ("lora_te.", Component::Text),
+    ("unet.", Component::UNet),
+    ("text_encoder_2.", Component::Text2),
+    ("text_encoder.", Component::Text),
+    ("text_encoders.clip_l.transformer.", Component::Text),
+    ("text_encoders.clip_g.transformer.", Component::Text2),
+    // SD 2.x's only one.
+    ("text_encoders.clip_h.transformer.", Component::Text),
+    ("clip_l.transformer.", Component::Text),
+    ("clip_g.transformer.", Component::Text2),
+    ("clip_h.transformer.", Component::Text),
+    ("clip_l.", Component::Text),
+    ("clip_g.", Component::Text2),
+    ("clip_h.", Component::Text),
+    ("model.diffusion_model.", Component::UNet),
+    ("diffusion_model.", Component::UNet),
 ];
 
 /// Reads a module's name.
@@ -133,7 +188,8 @@ pub(super) fn place(module: &str) -> Place {
     for wrapper in ["base_model.model.", "base_model."] {
         rest = rest.strip_prefix(wrapper).unwrap_or(rest);
     }
-    let found = STARTS.iter().find_map(|(start, component)| Some((rest.strip_prefix(start)?, *component)));
+    let found =
+        STARTS.iter().find_map(|(start, component)| Some((rest.strip_prefix(start)?, Some(*component))));
     let (rest, component) = found.unwrap_or((rest, None));
     // A text encoder inside of a pipeline's prefix may have PEFT's as well.
     let rest = rest.strip_prefix("base_model.model.").unwrap_or(rest);
@@ -170,6 +226,7 @@ pub(super) fn newer(component: Component, path: &str) -> Option<String> {
 pub(super) fn original_path(name: &str, layers: usize, attends: impl Fn(usize) -> bool) -> Option<String> {
     let whole = [
         ("conv_in", "input_blocks_0_0"),
+        ("conv_norm_out", "out_0"),
         ("conv_out", "out_2"),
         ("time_embedding.linear_1", "time_embed_0"),
         ("time_embedding.linear_2", "time_embed_2"),
@@ -214,6 +271,9 @@ pub(super) fn original_path(name: &str, layers: usize, attends: impl Fn(usize) -
     };
     let inner = parts[rest..].join("_");
     let inner = match inner.as_str() {
+        // An attention block's own normalisations have longer names here.
+        "norm1" => "in_layers_0",
+        "norm2" => "out_layers_0",
         "conv1" => "in_layers_2",
         "conv2" => "out_layers_3",
         "time_emb_proj" => "emb_layers_1",
@@ -292,6 +352,30 @@ mod tests {
                 text,
                 Role::Magnitude,
             ),
+            (
+                "text_encoders.clip_g.transformer.text_model.encoder.layers.3.self_attn.q_proj.dora_scale",
+                Some(Component::Text2),
+                text,
+                Role::DoraScale,
+            ),
+            (
+                "lora_te1.text_model.encoder.layers.3.self_attn.q_proj.diff_b",
+                Some(Component::Text),
+                text,
+                Role::DiffBias,
+            ),
+            (
+                "base_model.model.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora_B.style.bias",
+                None,
+                unet,
+                Role::UpBias,
+            ),
+            (
+                "lycoris_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q.a1.weight",
+                Some(Component::UNet),
+                unet,
+                Role::GloraA1,
+            ),
         ] {
             let (module, found) = split(key).unwrap_or_else(|| panic!("{key}"));
             assert_eq!(found, role, "{key}");
@@ -310,14 +394,25 @@ mod tests {
             "",
             ".alpha",
             "unet.conv_in.weight",
-            "x.lora_B.bias",
-            "x.lora_B.default.bias",
+            ".diff",
+            "x.bias",
+            "x.lora_A.bias",
+            "x.lora_A.default.bias",
             "x.lora_embedding_A",
-            "x.diff",
-            "x.diff_b",
+            "x.bm.weight",
             "x.oft_blocks",
+            "bundle_emb.x.clip_l",
         ] {
             assert_eq!(split(key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn an_embedding_has_a_name_and_vectors() {
+        assert_eq!(bundled("bundle_emb.fox.string_to_param.*"), Some(("fox", "string_to_param.*")));
+        assert_eq!(bundled("bundle_emb.fox.clip_l"), Some(("fox", "clip_l")));
+        for key in ["bundle_emb.fox", "bundle_emb..clip_l", "x.bundle_emb.fox.clip_l", "bundle_emb"] {
+            assert_eq!(bundled(key), None, "{key}");
         }
     }
 
@@ -326,6 +421,14 @@ mod tests {
         let attends = |level: usize| level < 2;
         for (ours, original) in [
             ("conv_in", "input_blocks_0_0"),
+            ("conv_norm_out", "out_0"),
+            ("down_blocks.0.resnets.1.norm1", "input_blocks_2_0_in_layers_0"),
+            ("mid_block.resnets.0.norm2", "middle_block_0_out_layers_0"),
+            ("mid_block.attentions.0.norm", "middle_block_1_norm"),
+            (
+                "mid_block.attentions.0.transformer_blocks.0.norm1",
+                "middle_block_1_transformer_blocks_0_norm1",
+            ),
             ("down_blocks.0.downsamplers.0.conv", "input_blocks_3_0_op"),
             (
                 "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

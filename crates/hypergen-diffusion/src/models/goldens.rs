@@ -16,7 +16,7 @@ use super::transformer::{TextKeysValues, Transformer, TransformerConfig};
 mod blocks;
 #[allow(dead_code)]
 #[path = "../../tests/goldens/checkpoint.rs"]
-mod checkpoint;
+pub(crate) mod checkpoint;
 #[allow(dead_code)]
 #[path = "../../tests/goldens/fixture.rs"]
 mod fixture;

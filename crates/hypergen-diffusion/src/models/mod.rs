@@ -3,7 +3,7 @@
 
 mod config;
 #[cfg(test)]
-mod goldens;
+pub(crate) mod goldens;
 mod resnet;
 pub mod text_encoder;
 mod transformer;

@@ -13,7 +13,7 @@ pub(crate) struct ResnetConfig {
     pub(crate) time: Option<usize>,
     pub(crate) groups: usize,
     pub(crate) eps: f64,
-    /// Divides the sum of both branches; 1 in every known checkpoint.
+    /// Divides the sum of both branches; other than 1 only in a UNet's middle.
     pub(crate) out_scale_factor: f64,
 }
 

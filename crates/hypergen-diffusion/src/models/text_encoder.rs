@@ -19,8 +19,8 @@ pub struct TextEncoderConfig {
     pub hidden_size: usize,
     /// Width inside the feed-forward layers.
     pub intermediate_size: usize,
-    /// Width of the projected pooled output.
-    pub projection_dim: usize,
+    /// Width of the projected pooled output; no matter where nothing is projected.
+    pub projection_dim: Option<usize>,
     /// Layers.
     pub num_hidden_layers: usize,
     /// Attention heads.
@@ -43,7 +43,7 @@ impl Default for TextEncoderConfig {
             vocab_size: 49408,
             hidden_size: 512,
             intermediate_size: 2048,
-            projection_dim: 512,
+            projection_dim: Some(512),
             num_hidden_layers: 12,
             num_attention_heads: 8,
             max_position_embeddings: 77,
@@ -55,7 +55,12 @@ impl Default for TextEncoderConfig {
     }
 }
 
-const FIXED: &[Fixed] = &[Fixed { field: "use_attention_mask", allowed: &["false", "null"] }];
+const WITH_PROJECTION: &str = "CLIPTextModelWithProjection";
+
+const FIXED: &[Fixed] = &[
+    Fixed { field: "model_type", allowed: &["\"clip_text_model\"", "\"clip\"", "null"] },
+    Fixed { field: "use_attention_mask", allowed: &["false", "null"] },
+];
 
 impl TextEncoderConfig {
     /// Reads a `config.json`.
@@ -63,18 +68,21 @@ impl TextEncoderConfig {
     /// # Errors
     /// When a field has a value that we do not honour, by its name.
     pub fn from_json(json: &Value) -> Result<Self, Error> {
-        let c: Self = config::parse(json, FIXED)?;
+        // The file of a whole CLIP model has its text encoder's fields one level
+        // deeper, as transformers knows too.
+        let inner = json.get("text_config").filter(|inner| json["model_type"] == "clip" && inner.is_object());
+        let c: Self = config::parse(inner.unwrap_or(json), FIXED)?;
         let sizes = [
             ("vocab_size", c.vocab_size),
             ("hidden_size", c.hidden_size),
             ("intermediate_size", c.intermediate_size),
-            ("projection_dim", c.projection_dim),
             ("num_hidden_layers", c.num_hidden_layers),
             ("max_position_embeddings", c.max_position_embeddings),
         ];
         for (field, value) in sizes {
             sane(field, value)?;
         }
+        c.projection_dim.map(|width| sane("projection_dim", width)).transpose()?;
         divides("num_attention_heads", c.num_attention_heads, c.hidden_size)?;
         c.activation()?;
         Ok(c)
@@ -88,9 +96,16 @@ impl TextEncoderConfig {
         }
     }
 
+    /// The same as of the class that projects its pooled output, or of the one
+    /// that does not: a model's pipeline decides that, whatever wrote this file.
+    pub fn projecting(self, projects: bool) -> Self {
+        let class = if projects { WITH_PROJECTION } else { "CLIPTextModel" };
+        Self { architectures: Some(vec![class.to_owned()]), ..self }
+    }
+
     /// Whether the class projects its pooled output.
     fn projects(&self) -> bool {
-        self.architectures.iter().flatten().any(|a| a == "CLIPTextModelWithProjection")
+        self.architectures.iter().flatten().any(|a| a == WITH_PROJECTION)
     }
 }
 
@@ -134,6 +149,8 @@ pub struct TextEncoder {
     config: TextEncoderConfig,
     activation: Activation,
     token_embedding: Tensor,
+    /// Embeddings that follow the vocabulary's, for now.
+    words: Option<Tensor>,
     position_embedding: Tensor,
     layers: Vec<Layer>,
     final_layer_norm: Norm,
@@ -173,6 +190,7 @@ impl TextEncoder {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             activation: c.activation()?,
+            words: None,
             token_embedding: embeddings.table("token_embedding.weight", c.vocab_size, d)?,
             position_embedding: embeddings.table(
                 "position_embedding.weight",
@@ -181,9 +199,10 @@ impl TextEncoder {
             )?,
             layers,
             final_layer_norm: w.pp("final_layer_norm").norm(d, c.layer_norm_eps)?,
-            text_projection: match c.projects() {
-                true => Some(root.pp("text_projection").linear(d, c.projection_dim, false)?),
-                false => None,
+            text_projection: match c.projection_dim {
+                _ if !c.projects() => None,
+                Some(width) => Some(root.pp("text_projection").linear(d, width, false)?),
+                None => return Err(bad("'projection_dim' is null, but the pooled text is projected")),
             },
             config,
         })
@@ -199,13 +218,23 @@ impl TextEncoder {
         self.text_projection.as_ref().map(Linear::outputs)
     }
 
+    /// Embeddings for the ids that follow the vocabulary's, in the place of all
+    /// earlier ones: as many as there are whole rows in `values`.
+    pub fn set_words(&mut self, values: &[f32]) {
+        let (d, table) = (self.config.hidden_size, &self.token_embedding);
+        let rows = values.len() / d;
+        self.words = (rows > 0)
+            .then(|| Tensor::from_f32(table.device(), [rows, d], table.dtype(), &values[..rows * d]));
+    }
+
     /// Encodes texts of `tokens` ids each.
     ///
     /// # Panics
-    /// When an id is not in the vocabulary or the text is longer than the
+    /// When an id has no embedding or the text is longer than the
     /// encoder has positions; the tokenizer is checked against both at load.
     pub fn forward(&self, ids: &[u32], tokens: usize, state: HiddenState) -> TextOutput {
-        let mut x = ops::embed(&self.token_embedding, &self.position_embedding, ids, tokens);
+        let mut x =
+            ops::embed(&self.token_embedding, self.words.as_ref(), &self.position_embedding, ids, tokens);
         let wanted = self.layers.len().saturating_sub(state.skip);
         let mut hidden = None;
         let all = if self.text_projection.is_some() { self.layers.len() } else { wanted };
@@ -246,7 +275,11 @@ impl TextEncoder {
     /// the reference takes that as "the highest id".
     fn end_of_text(&self, ids: &[u32]) -> usize {
         let end = match self.config.eos_token_id {
-            Some(2) | None => ids.iter().copied().max().unwrap_or(0),
+            // Added words have ids beyond all that could be meant.
+            Some(2) | None => {
+                let own = ids.iter().copied().filter(|&id| (id as usize) < self.config.vocab_size);
+                own.max().unwrap_or(0)
+            }
             Some(id) => id,
         };
         ids.iter().position(|&id| id == end).unwrap_or(0)

@@ -28,13 +28,14 @@ impl Layer {
 fn transformer(
     w: &Weights<'_>,
     level: &Level,
+    layers: usize,
     groups: usize,
     cross: &mut usize,
 ) -> Result<Transformer, CheckpointError> {
     let config = TransformerConfig {
         channels: level.channels,
         heads: level.heads,
-        layers: level.transformer_layers,
+        layers,
         context: level.context,
         groups,
     };
@@ -48,7 +49,8 @@ fn resnet_config(c: &UNetConfig, inputs: usize, outputs: usize) -> ResnetConfig 
         time: Some(c.time_dim),
         groups: c.groups,
         eps: c.eps,
-        out_scale_factor: c.resnet_out_scale_factor,
+        // diffusers hands 'resnet_out_scale_factor' to blocks of other kinds alone.
+        out_scale_factor: 1.0,
     }
 }
 
@@ -73,7 +75,13 @@ impl DownBlock {
             Ok(Layer {
                 resnet: ResnetBlock::load(&w.pp("resnets").pp(j), resnet_config(c, inputs, level.channels))?,
                 attention: match level.attention_down {
-                    true => Some(transformer(&w.pp("attentions").pp(j), level, c.groups, cross)?),
+                    true => Some(transformer(
+                        &w.pp("attentions").pp(j),
+                        level,
+                        level.transformer_layers,
+                        c.groups,
+                        cross,
+                    )?),
                     false => None,
                 },
             })
@@ -132,7 +140,8 @@ impl Mid {
             MidBlock::None => None,
             MidBlock::Plain => Some(Self { first: resnet(0)?, rest: None }),
             MidBlock::CrossAttention => {
-                let attention = transformer(&w.pp("attentions").pp(0), level, c.groups, cross)?;
+                let attention =
+                    transformer(&w.pp("attentions").pp(0), level, level.transformer_layers, c.groups, cross)?;
                 Some(Self { first: resnet(0)?, rest: Some((attention, resnet(1)?)) })
             }
         })
@@ -178,7 +187,13 @@ impl UpBlock {
                     resnet_config(c, inputs + skip, level.channels),
                 )?,
                 attention: match level.attention_up {
-                    true => Some(transformer(&w.pp("attentions").pp(j), level, c.groups, cross)?),
+                    true => Some(transformer(
+                        &w.pp("attentions").pp(j),
+                        level,
+                        level.transformer_layers_up,
+                        c.groups,
+                        cross,
+                    )?),
                     false => None,
                 },
             });

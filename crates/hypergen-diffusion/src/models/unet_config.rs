@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::config::{self, Fixed, PerLevel, bad, divides, sane};
+use super::config::{self, Fixed, PerLevel, bad, divides, factor, sane};
 use crate::Error;
 
 /// As the file has it; defaults are those of diffusers 0.42.
@@ -14,6 +14,7 @@ struct Raw {
     sample_size: Option<PerLevel>,
     in_channels: usize,
     out_channels: usize,
+    #[serde(deserialize_with = "config::truth")]
     flip_sin_to_cos: bool,
     freq_shift: f64,
     down_block_types: Vec<String>,
@@ -26,11 +27,11 @@ struct Raw {
     norm_eps: f64,
     cross_attention_dim: PerLevel,
     transformer_layers_per_block: PerLevel,
+    reverse_transformer_layers_per_block: Option<PerLevel>,
     attention_head_dim: PerLevel,
     addition_embed_type: Option<String>,
     addition_time_embed_dim: Option<usize>,
     projection_class_embeddings_input_dim: Option<usize>,
-    resnet_out_scale_factor: f64,
     time_embedding_dim: Option<usize>,
     time_cond_proj_dim: Option<usize>,
     conv_in_kernel: usize,
@@ -57,11 +58,11 @@ impl Default for Raw {
             norm_eps: 1e-5,
             cross_attention_dim: PerLevel::One(1280),
             transformer_layers_per_block: PerLevel::One(1),
+            reverse_transformer_layers_per_block: None,
             attention_head_dim: PerLevel::One(8),
             addition_embed_type: None,
             addition_time_embed_dim: None,
             projection_class_embeddings_input_dim: None,
-            resnet_out_scale_factor: 1.0,
             time_embedding_dim: None,
             time_cond_proj_dim: None,
             conv_in_kernel: 3,
@@ -70,29 +71,29 @@ impl Default for Raw {
     }
 }
 
-/// Fields whose other values belong to models of other families.
+/// Fields whose other values belong to models of other families. What is
+/// neither here nor in [`Raw`] has no say in what the supported blocks compute
+/// (`goldens/fields.py` shows it): `resnet_out_scale_factor`, `resnet_skip_time_act`,
+/// `cross_attention_norm` and `mid_block_only_cross_attention` are handed to blocks of
+/// other kinds alone, `dropout` is for training, and `upcast_attention` for half precision.
 const FIXED: &[Fixed] = &[
-    Fixed { field: "center_input_sample", allowed: &["false"] },
-    Fixed { field: "only_cross_attention", allowed: &["false"] },
+    Fixed { field: "_class_name", allowed: &["\"UNet2DConditionModel\"", "null"] },
+    Fixed { field: "center_input_sample", allowed: &["false", "null"] },
+    Fixed { field: "only_cross_attention", allowed: &["false", "null"] },
     Fixed { field: "downsample_padding", allowed: &["1"] },
     Fixed { field: "act_fn", allowed: &["\"silu\"", "\"swish\""] },
-    Fixed { field: "reverse_transformer_layers_per_block", allowed: &["null"] },
     Fixed { field: "encoder_hid_dim", allowed: &["null"] },
     Fixed { field: "encoder_hid_dim_type", allowed: &["null"] },
     Fixed { field: "num_attention_heads", allowed: &["null"] },
-    Fixed { field: "dual_cross_attention", allowed: &["false"] },
+    Fixed { field: "dual_cross_attention", allowed: &["false", "null"] },
     Fixed { field: "class_embed_type", allowed: &["null"] },
     Fixed { field: "num_class_embeds", allowed: &["null"] },
     Fixed { field: "resnet_time_scale_shift", allowed: &["\"default\""] },
-    Fixed { field: "resnet_skip_time_act", allowed: &["false"] },
     Fixed { field: "time_embedding_type", allowed: &["\"positional\""] },
     Fixed { field: "time_embedding_act_fn", allowed: &["null"] },
     Fixed { field: "timestep_post_act", allowed: &["null"] },
-    Fixed { field: "attention_type", allowed: &["\"default\""] },
-    Fixed { field: "class_embeddings_concat", allowed: &["false"] },
-    Fixed { field: "mid_block_only_cross_attention", allowed: &["null", "false"] },
-    Fixed { field: "cross_attention_norm", allowed: &["null"] },
-    Fixed { field: "dropout", allowed: &["0.0", "0"] },
+    Fixed { field: "attention_type", allowed: &["\"default\"", "null"] },
+    Fixed { field: "class_embeddings_concat", allowed: &["false", "null"] },
 ];
 
 /// One level of resolution, going down.
@@ -104,8 +105,10 @@ pub struct Level {
     pub layers: usize,
     /// Attention heads.
     pub heads: usize,
-    /// Transformer blocks after each residual block.
+    /// Transformer blocks after each residual block, going down and in the middle.
     pub transformer_layers: usize,
+    /// Transformer blocks after each residual block, going up.
+    pub transformer_layers_up: usize,
     /// Width of the text embeddings.
     pub context: usize,
     /// Whether the down block has transformers.
@@ -137,8 +140,8 @@ pub struct TextTime {
 /// A UNet's configuration, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct UNetConfig {
-    /// Side of the latents that it was trained on, if the file says.
-    pub sample_size: Option<usize>,
+    /// Height and width of the latents that it was trained on, if the file says.
+    pub sample_size: Option<[usize; 2]>,
     /// Latent channels in.
     pub in_channels: usize,
     /// Latent channels out.
@@ -157,8 +160,6 @@ pub struct UNetConfig {
     pub groups: usize,
     /// Epsilon of the residual blocks' normalisations.
     pub eps: f64,
-    /// Divides the sums of the other residual blocks.
-    pub resnet_out_scale_factor: f64,
     /// Width of the time embedding.
     pub time_dim: usize,
     /// Width of the guidance embedding of LCM models.
@@ -186,10 +187,24 @@ impl UNetConfig {
         let levels = levels(&raw)?;
         let first = levels[0].channels;
         let sample_size = match &raw.sample_size {
-            Some(PerLevel::One(side)) => Some(*side),
-            Some(PerLevel::Many(sides)) => sides.first().copied(),
+            Some(PerLevel::One(side)) => Some([*side; 2]),
+            Some(PerLevel::Many(sides)) => {
+                let pair = <[usize; 2]>::try_from(sides.as_slice());
+                let wrong =
+                    |_| bad(format!("'sample_size' lists {} numbers, not height and width", sides.len()));
+                Some(pair.map_err(wrong)?)
+            }
             None => None,
         };
+        let text_time = text_time(&raw)?;
+        // From half of an embedding's width on the frequencies would rise without bounds.
+        for dim in [Some(first), text_time.map(|t| t.time_embed_dim)].into_iter().flatten() {
+            if raw.freq_shift >= (dim / 2) as f64 {
+                return Err(bad(format!("'freq_shift' is {} for an embedding of {dim}", raw.freq_shift)));
+            }
+        }
+        // Python's `or`: zero is as good as nothing.
+        let time_dim = raw.time_embedding_dim.filter(|&dim| dim != 0).unwrap_or(4 * first);
         Ok(Self {
             sample_size,
             in_channels: sane("in_channels", raw.in_channels)?,
@@ -200,15 +215,18 @@ impl UNetConfig {
                 Some("UNetMidBlock2DCrossAttn") => MidBlock::CrossAttention,
                 Some("UNetMidBlock2D") => MidBlock::Plain,
                 None => MidBlock::None,
-                Some(other) => return Err(bad(format!("'mid_block_type' {other} is not supported"))),
+                Some(other) => {
+                    return Err(bad(format!(
+                        "'mid_block_type' {other} is not supported; UNetMidBlock2DCrossAttn, UNetMidBlock2D and null are"
+                    )));
+                }
             },
-            mid_scale_factor: raw.mid_block_scale_factor,
+            mid_scale_factor: factor("mid_block_scale_factor", raw.mid_block_scale_factor)?,
             groups: raw.norm_num_groups,
             eps: raw.norm_eps,
-            resnet_out_scale_factor: raw.resnet_out_scale_factor,
-            time_dim: sane("time_embedding_dim", raw.time_embedding_dim.unwrap_or(4 * first))?,
+            time_dim: sane("time_embedding_dim", time_dim)?,
             time_cond_proj_dim: raw.time_cond_proj_dim.map(|d| sane("time_cond_proj_dim", d)).transpose()?,
-            text_time: text_time(&raw)?,
+            text_time,
             conv_in_kernel: raw.conv_in_kernel,
             conv_out_kernel: raw.conv_out_kernel,
             levels,
@@ -221,9 +239,14 @@ const MAX_BLOCKS: usize = 256;
 
 fn blocks(field: &str, count: usize) -> Result<usize, Error> {
     if count > MAX_BLOCKS {
-        return Err(bad(format!("'{field}' is {count}, which no network has")));
+        return Err(bad(format!("'{field}' is {count}, which no network has: at most {MAX_BLOCKS} can be")));
     }
     Ok(count)
+}
+
+/// A block's name without what the first versions of diffusers put before it.
+fn plain(block: &str) -> &str {
+    block.strip_prefix("UNetRes").unwrap_or(block)
 }
 
 fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
@@ -241,21 +264,26 @@ fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
     let layers = raw.layers_per_block.resolve("layers_per_block", count)?;
     let heads = raw.attention_head_dim.resolve("attention_head_dim", count)?;
     let depth = raw.transformer_layers_per_block.resolve("transformer_layers_per_block", count)?;
+    let mut depth_up = match &raw.reverse_transformer_layers_per_block {
+        Some(listed) => listed.resolve("reverse_transformer_layers_per_block", count)?,
+        None => depth.iter().rev().copied().collect(),
+    };
+    depth_up.reverse();
     let context = raw.cross_attention_dim.resolve("cross_attention_dim", count)?;
     (0..count)
         .map(|i| {
             let channels = sane("block_out_channels", raw.block_out_channels[i])?;
             divides("norm_num_groups", raw.norm_num_groups, channels)?;
-            let attention_down = match raw.down_block_types[i].as_str() {
+            let attention_down = match plain(&raw.down_block_types[i]) {
                 "CrossAttnDownBlock2D" => true,
                 "DownBlock2D" => false,
-                other => return Err(bad(format!("'down_block_types' has {other}, which is not supported"))),
+                other => return Err(bad(format!("'down_block_types' has {other}, which is not supported; CrossAttnDownBlock2D and DownBlock2D are"))),
             };
             // The up blocks are listed from the coarsest level to the finest.
-            let attention_up = match raw.up_block_types[count - 1 - i].as_str() {
+            let attention_up = match plain(&raw.up_block_types[count - 1 - i]) {
                 "CrossAttnUpBlock2D" => true,
                 "UpBlock2D" => false,
-                other => return Err(bad(format!("'up_block_types' has {other}, which is not supported"))),
+                other => return Err(bad(format!("'up_block_types' has {other}, which is not supported; CrossAttnUpBlock2D and UpBlock2D are"))),
             };
             if attention_down || attention_up || i + 1 == count {
                 divides("attention_head_dim", heads[i], channels)?;
@@ -265,6 +293,7 @@ fn levels(raw: &Raw) -> Result<Vec<Level>, Error> {
                 layers: blocks("layers_per_block", sane("layers_per_block", layers[i])?)?,
                 heads: heads[i],
                 transformer_layers: blocks("transformer_layers_per_block", depth[i])?,
+                transformer_layers_up: blocks("reverse_transformer_layers_per_block", depth_up[i])?,
                 context: sane("cross_attention_dim", context[i])?,
                 attention_down,
                 attention_up,

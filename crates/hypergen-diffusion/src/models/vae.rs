@@ -6,7 +6,7 @@ use hypergen_tensor::{Activation, CheckpointError, Conv, Linear, Norm, Tensor, W
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::config::{self, Fixed, bad, divides, sane};
+use super::config::{self, Fixed, bad, divides, factor, sane};
 use super::resnet::{ResnetBlock, ResnetConfig};
 use crate::Error;
 
@@ -25,21 +25,29 @@ pub struct VaeConfig {
     pub block_out_channels: Vec<usize>,
     /// Residual blocks of each level of the encoder; the decoder has one more.
     pub layers_per_block: usize,
+    /// The encoder's blocks, from the finest level to the coarsest, if the file lists them.
+    pub down_block_types: Option<Vec<String>>,
+    /// The decoder's blocks, from the coarsest level to the finest, if the file lists them.
+    pub up_block_types: Option<Vec<String>>,
     /// Channels of latents.
     pub latent_channels: usize,
     /// Groups of every group normalisation.
     pub norm_num_groups: usize,
     /// Latents are multiplied by this on their way to the UNet.
     pub scaling_factor: f64,
-    /// Mean of latents by channel, where the checkpoint normalises by it.
+    /// Mean of latents by channel, where the checkpoint normalises by it. Only
+    /// SDXL's pipeline looks at it, and only where both lists are there.
     pub latents_mean: Option<Vec<f32>>,
     /// Deviation of latents by channel.
     pub latents_std: Option<Vec<f32>>,
     /// Whether a 1x1 convolution follows the encoder.
+    #[serde(deserialize_with = "config::truth")]
     pub use_quant_conv: bool,
     /// Whether a 1x1 convolution precedes the decoder.
+    #[serde(deserialize_with = "config::truth")]
     pub use_post_quant_conv: bool,
     /// Whether the middle has an attention.
+    #[serde(deserialize_with = "config::truth")]
     pub mid_block_add_attention: bool,
 }
 
@@ -50,6 +58,8 @@ impl Default for VaeConfig {
             out_channels: 3,
             block_out_channels: vec![64],
             layers_per_block: 1,
+            down_block_types: None,
+            up_block_types: None,
             latent_channels: 4,
             norm_num_groups: 32,
             scaling_factor: 0.18215,
@@ -62,9 +72,11 @@ impl Default for VaeConfig {
     }
 }
 
+/// `force_upcast` is for float16, which is not computed here, and `sample_size` for tiling.
 const FIXED: &[Fixed] = &[
+    Fixed { field: "_class_name", allowed: &["\"AutoencoderKL\"", "null"] },
     Fixed { field: "act_fn", allowed: &["\"silu\"", "\"swish\""] },
-    Fixed { field: "shift_factor", allowed: &["null"] },
+    Fixed { field: "shift_factor", allowed: &["null", "0"] },
 ];
 
 impl VaeConfig {
@@ -78,12 +90,16 @@ impl VaeConfig {
         if count == 0 || count > 8 {
             return Err(bad(format!("'block_out_channels' lists {count} levels; 1 to 8 are supported")));
         }
-        for (field, block) in
-            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
-        {
-            let all = json.get(field).and_then(Value::as_array).cloned().unwrap_or_default();
-            if let Some(other) = all.iter().find(|b| b.as_str() != Some(block)) {
+        for (field, block, listed) in [
+            ("down_block_types", "DownEncoderBlock2D", &c.down_block_types),
+            ("up_block_types", "UpDecoderBlock2D", &c.up_block_types),
+        ] {
+            let Some(listed) = listed else { continue };
+            if let Some(other) = listed.iter().find(|b| *b != block) {
                 return Err(bad(format!("'{field}' has {other}; only {block} is supported")));
+            }
+            if listed.len() != count {
+                return Err(bad(format!("'{field}' lists {} blocks for {count} levels", listed.len())));
             }
         }
         for &channels in &c.block_out_channels {
@@ -100,12 +116,13 @@ impl VaeConfig {
         if c.out_channels != 3 {
             return Err(bad(format!("'out_channels' is {}, but a picture has 3", c.out_channels)));
         }
-        if !c.scaling_factor.is_normal() {
-            return Err(bad(format!("'scaling_factor' is {}", c.scaling_factor)));
-        }
-        for list in [&c.latents_mean, &c.latents_std].into_iter().flatten() {
-            if list.len() != c.latent_channels {
-                return Err(bad("'latents_mean' and 'latents_std' need a number for each latent channel"));
+        factor("scaling_factor", c.scaling_factor)?;
+        for (field, list) in [("latents_mean", &c.latents_mean), ("latents_std", &c.latents_std)] {
+            if let Some(list) = list
+                && list.len() != c.latent_channels
+            {
+                let (found, wanted) = (list.len(), c.latent_channels);
+                return Err(bad(format!("'{field}' holds {found} numbers for {wanted} latent channels")));
             }
         }
         Ok(c)

@@ -36,6 +36,10 @@ pub fn chunks(param: &'static str, parts: &[Part], tokenizer: &Tokenizer) -> Res
                 tokenizer.words(text)?.into_iter().for_each(|id| cutter.take(id, *weight as f32));
             }
         }
+        // What no picture will be drawn of need not be tokenized.
+        if cutter.done.len() > MAX_CHUNKS {
+            break;
+        }
     }
     if !cutter.ids.is_empty() || cutter.done.is_empty() {
         cutter.finish();
@@ -44,8 +48,7 @@ pub fn chunks(param: &'static str, parts: &[Part], tokenizer: &Tokenizer) -> Res
         return Err(Error::from(ParameterError {
             param,
             message: format!(
-                "{param}: {} chunks of {} tokens are more than the {MAX_CHUNKS} that a prompt may have",
-                cutter.done.len(),
+                "{param} needs more than {MAX_CHUNKS} chunks of {} tokens, which is all that a prompt may have",
                 tokenizer.room()
             ),
         }));

@@ -3,6 +3,8 @@
 
 mod chunks;
 mod parse;
+#[cfg(test)]
+mod properties;
 
 use std::fmt;
 use std::str::FromStr;

@@ -8,6 +8,7 @@
 
 use super::LoraTag;
 use crate::ParameterError;
+use crate::request::check_prompt;
 
 /// What one pair of brackets does to a weight.
 const STEP: f64 = 1.1;
@@ -46,10 +47,16 @@ pub struct Parsed {
 /// name.
 ///
 /// # Errors
-/// For a weight that is no number, for a LoRA tag that cannot be understood,
-/// and for what is not supported: `AND`, prompt editing, alternation, other
-/// tags.
+/// For a text that is too long, for a weight that is no number, for a LoRA tag
+/// that cannot be understood, and for what is not supported: `AND`, prompt
+/// editing, alternation, other tags.
 pub fn parse(param: &'static str, text: &str) -> Result<Parsed, ParameterError> {
+    check_prompt(param, text)?;
+    parse_any(param, text)
+}
+
+/// [`parse`] for a text of any length: its time is proportional to that.
+pub(super) fn parse_any(param: &'static str, text: &str) -> Result<Parsed, ParameterError> {
     let (text, loras) = take_tags(param, text)?;
     if let Some(at) = find_word(&text, "AND") {
         return Err(wrong(
@@ -82,11 +89,13 @@ fn take_tags(param: &'static str, text: &str) -> Result<(String, Vec<LoraTag>), 
         let (before, tag) = rest.split_at(start);
         let kind =
             KINDS.iter().find(|kind| tag[1..].strip_prefix(**kind).is_some_and(|t| t.starts_with(':')));
-        let (Some(kind), Some(end)) = (kind, tag.find('>')) else {
+        let Some(kind) = kind else {
             kept.push_str(&rest[..=start]);
             rest = &rest[start + 1..];
             continue;
         };
+        // Without an end here, no later tag has one either.
+        let Some(end) = tag.find('>') else { break };
         if *kind != "lora" {
             return Err(wrong(
                 param,
@@ -101,18 +110,19 @@ fn take_tags(param: &'static str, text: &str) -> Result<(String, Vec<LoraTag>), 
     Ok((kept, loras))
 }
 
-/// `NAME` or `NAME:SCALE`.
+/// `NAME` or `NAME:SCALE`. A name may hold colons, so what stands after the
+/// last one is a scale only where it is a number.
 fn lora(param: &'static str, value: &str) -> Result<LoraTag, ParameterError> {
-    let (name, scale) = value.split_once(':').map_or((value, "1"), |(name, scale)| (name, scale));
-    let (name, scale) = (name.trim(), scale.trim());
-    let number = scale.parse::<f64>().ok().filter(|s| s.is_finite());
-    match number {
-        Some(scale) if !name.is_empty() => Ok(LoraTag { name: name.to_owned(), scale }),
-        _ => Err(wrong(
+    let number = value.rsplit_once(':').and_then(|(name, last)| Some((name, last.trim().parse().ok()?)));
+    let (name, scale): (&str, f64) = number.unwrap_or((value, 1.0));
+    let name = name.trim();
+    if name.is_empty() || number.is_none() && name.ends_with(':') || !scale.is_finite() {
+        return Err(wrong(
             param,
             format!("'<lora:{}>' must be <lora:NAME:SCALE> with one number as its scale", echo(value)),
-        )),
+        ));
     }
+    Ok(LoraTag { name: name.to_owned(), scale })
 }
 
 /// Where `word` stands by itself.
@@ -202,7 +212,10 @@ impl Parser<'_> {
         {
             let Ok(weight) = number.parse::<f64>() else {
                 let found = echo(&self.text[open.at..at + end]);
-                return Err(wrong(self.param, format!("'{number}' in '{found}' is no number, so no weight")));
+                return Err(wrong(
+                    self.param,
+                    format!("'{number}' in '{found}' is no number, so no weight; write it as in (word:1.2)"),
+                ));
             };
             self.weigh(open.first, weight);
             return Ok(at + end);
@@ -299,7 +312,13 @@ fn merge(param: &'static str, parts: Vec<Part>) -> Result<Vec<Part>, ParameterEr
                 text.push_str(&more);
             }
             (_, Part::Text { text, weight }) if !(weight as f32).is_finite() => {
-                return Err(wrong(param, format!("the weight of '{}' is too large", echo(&text))));
+                return Err(wrong(
+                    param,
+                    format!(
+                        "the weight of '{}' is too large: give smaller numbers, as in (word:1.2)",
+                        echo(&text)
+                    ),
+                ));
             }
             (_, part) => merged.push(part),
         }
@@ -388,11 +407,29 @@ mod tests {
         let tag = |name: &str, scale| LoraTag { name: name.to_owned(), scale };
         assert_eq!(parsed.loras, [tag("oil paint", 0.8), tag("x", 1.0)]);
         assert_eq!(parsed.parts, [text("a fox ,  <b> 1<2", 1.0)]);
+        for (written, name, scale) in [
+            ("a, b: c:1", "a, b: c", 1.0),
+            ("a: b", "a: b", 1.0),
+            ("x:1:0.5", "x:1", 0.5),
+            ("x::1", "x:", 1.0),
+            ("x: -.5 ", "x", -0.5),
+            (" x :+1e-1", "x", 0.1),
+            ("日本/é (2) [v1.0]\\:2", "日本/é (2) [v1.0]\\", 2.0),
+            ("a<b:1", "a<b", 1.0),
+            ("x.SAFETENSORS:1", "x.SAFETENSORS", 1.0),
+            ("/loras/x.safetensors:0.7", "/loras/x.safetensors", 0.7),
+            ("x:0,8", "x:0,8", 1.0),
+        ] {
+            let parsed = parse("prompt", &format!("a<lora:{written}>b")).expect(written);
+            assert_eq!(parsed.loras, [tag(name, scale)], "{written}");
+            assert_eq!(parsed.parts, [text("ab", 1.0)], "{written}");
+        }
         for bad in [
             "<lora::1>",
-            "<lora:x:y>",
-            "<lora:x:1:0.5>",
+            "<lora: :1>",
+            "<lora:x:>",
             "<lora:x:inf>",
+            "<lora:x:nan>",
             "<lora:>",
             "<lyco:x:1>",
             "<hypernet:x:1>",

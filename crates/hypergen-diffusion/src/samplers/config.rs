@@ -63,6 +63,14 @@ impl Fields {
         rest
     }
 
+    /// The same without a field that is `null`, where the class never looks at it so.
+    pub(super) fn without_null(&self, field: &str) -> Self {
+        match self.map.get(field) {
+            Some(Value::Null) => self.without(&[field]),
+            _ => self.clone(),
+        }
+    }
+
     /// An error that names a field, its value and what is wrong with it.
     pub(super) fn error(&self, field: &'static str, problem: impl Into<String>) -> SamplerError {
         let mut value = self.map.get(field).map_or_else(|| "absent".to_owned(), Value::to_string);
@@ -82,15 +90,16 @@ impl Fields {
         }
     }
 
-    /// A whole number within `range`.
+    /// A whole number within `range`, which may be written as `4.0`.
     pub(super) fn integer(
         &self,
         field: &'static str,
         default: i64,
         range: RangeInclusive<i64>,
     ) -> Result<i64, SamplerError> {
-        let Some(value) = self.map.get(field) else { return Ok(default) };
-        value.as_i64().filter(|v| range.contains(v)).ok_or_else(|| {
+        // A default may lie outside as well: what fits depends on other fields.
+        let value = self.map.get(field).map_or(Some(default), whole);
+        value.filter(|v| range.contains(v)).ok_or_else(|| {
             self.error(field, format!("must be a whole number from {} to {}", range.start(), range.end()))
         })
     }
@@ -174,13 +183,18 @@ impl Fields {
         numbers.collect::<Option<Vec<_>>>().map(Some).ok_or_else(problem)
     }
 
-    /// A list of whole numbers, empty where absent.
+    /// A list of whole numbers, empty where absent or `null`.
     pub(super) fn integers(&self, field: &'static str) -> Result<Vec<i64>, SamplerError> {
-        let Some(value) = self.map.get(field) else { return Ok(Vec::new()) };
+        let Some(value) = self.map.get(field).filter(|v| !v.is_null()) else { return Ok(Vec::new()) };
         value
             .as_array()
-            .and_then(|list| list.iter().map(Value::as_i64).collect())
+            .and_then(|list| list.iter().map(whole).collect())
             .ok_or_else(|| self.error(field, "must be a list of whole numbers"))
+    }
+
+    /// A field's text, if it is one.
+    pub(super) fn text(&self, field: &str) -> Option<&str> {
+        self.map.get(field)?.as_str()
     }
 
     /// Refuses a field of the class that no sampler of ours honours, unless
@@ -191,6 +205,12 @@ impl Fields {
             Some(_) => Err(self.error(field, "is not supported")),
         }
     }
+}
+
+/// A number that is whole, however it is written.
+fn whole(value: &Value) -> Option<i64> {
+    let of_float = |x: f64| (x.fract() == 0.0 && x.abs() < 9e15).then_some(x as i64);
+    value.as_i64().or_else(|| value.as_f64().and_then(of_float))
 }
 
 /// The object that a scheduler's file must hold.

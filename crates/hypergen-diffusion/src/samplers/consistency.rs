@@ -69,6 +69,12 @@ pub(super) fn build_tcd(fields: &Fields, steps: usize) -> Result<Built, SamplerE
 fn timesteps(fields: &Fields, schedule: &Schedule, steps: usize) -> Result<Vec<usize>, SamplerError> {
     check_steps(steps, schedule.len())?;
     let original = fields.integer("original_inference_steps", 50, 1..=schedule.len() as i64)? as usize;
+    // The default may be too many, too, for a model of few train timesteps.
+    if original > schedule.len() {
+        let problem =
+            format!("is {original} by default, but the model was trained on {} timesteps", schedule.len());
+        return Err(fields.error("original_inference_steps", problem));
+    }
     if steps > original {
         let problem = format!("allows {original} steps at most, not {steps}");
         return Err(fields.error("original_inference_steps", problem));

@@ -44,7 +44,8 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         ("fixed_small_log", Variance::SmallLog),
         ("fixed_large", Variance::Large),
     ];
-    let variance = fields.choice("variance_type", Variance::Small, &choices)?;
+    // As files for other classes have it; this class then takes the small one.
+    let variance = fields.without_null("variance_type").choice("variance_type", Variance::Small, &choices)?;
     let table = Table::new(&schedule, true);
     let timesteps = plan.table_timesteps()?;
     let mut steps = Vec::with_capacity(timesteps.len());

@@ -64,10 +64,15 @@ pub(super) fn heun_type(fields: &Fields) -> Result<bool, SamplerError> {
 
 /// Refuses what only flow matching and models with learned variance need.
 pub(super) fn refuse_flow(fields: &Fields) -> Result<(), SamplerError> {
-    for field in ["use_flow_sigmas", "use_dynamic_shifting", "variance_type"] {
+    for field in ["use_flow_sigmas", "use_dynamic_shifting"] {
         fields.must_be_off(field)?;
     }
-    Ok(())
+    // These classes look only for a network that predicts variances too; the
+    // other values, which files for DDPM hold, mean nothing to them.
+    match fields.text("variance_type") {
+        Some("learned" | "learned_range") => Err(fields.error("variance_type", "is not supported")),
+        _ => Ok(()),
+    }
 }
 
 /// How many of the first train timesteps `lambda_min_clipped` leaves.

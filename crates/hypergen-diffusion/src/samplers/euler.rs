@@ -62,7 +62,8 @@ fn euler_levels(
     let table = schedule.sigmas();
     let log_linear =
         fields.choice("interpolation_type", false, &[("linear", false), ("log_linear", true)])?;
-    let continuous = fields.choice("timestep_type", false, &[("discrete", false), ("continuous", true)])?;
+    let types = [("discrete", false), ("continuous", true)];
+    let continuous = fields.without_null("timestep_type").choice("timestep_type", false, &types)?;
     let mut timesteps = plan.timesteps();
     let mut sigmas: Vec<f64> = match table.as_slice() {
         [least, .., most] if log_linear => {

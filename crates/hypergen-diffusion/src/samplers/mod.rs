@@ -58,10 +58,10 @@ pub enum SamplerError {
     #[error("the scheduler's configuration is not a JSON object")]
     NotAnObject,
     /// The file does not say which sampler it is for, and the user named none.
-    #[error("the scheduler's configuration has no \"_class_name\"; name a sampler")]
+    #[error("the scheduler's configuration has no \"_class_name\"")]
     NoClass,
     /// The file names a class that has no counterpart here.
-    #[error("the checkpoint's scheduler {0} is not supported; name a sampler")]
+    #[error("the checkpoint's scheduler {0} is not supported")]
     Class(String),
     /// A field has a value that cannot be honoured.
     #[error("scheduler field \"{field}\" of {class} {problem}, but is {value}")]

@@ -56,7 +56,8 @@ impl Plan {
         let train_steps = schedule.len();
         check_steps(steps, train_steps)?;
         let spacing = Spacing::new(fields, default)?;
-        let offset = fields.integer("steps_offset", 0, 0..=train_steps as i64)?;
+        let offset =
+            fields.without_null("steps_offset").integer("steps_offset", 0, 0..=train_steps as i64)?;
         Ok(Self { spacing, steps, train_steps, offset })
     }
 

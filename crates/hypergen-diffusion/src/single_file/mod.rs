@@ -21,7 +21,7 @@ use std::path::Path;
 use hypergen_tensor::{Checkpoint, Part, Renamed};
 use serde_json::{Value, json};
 
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, recognise};
 use shapes::Shapes;
 
 const UNET: &str = "model.diffusion_model.";
@@ -42,6 +42,8 @@ pub struct SingleFile {
     pads: BTreeMap<&'static str, &'static str>,
     /// Neither name nor metadata says whether the UNet predicts epsilon or v.
     undecided: bool,
+    /// All of the file, for what else it says of itself.
+    file: Checkpoint,
 }
 
 impl fmt::Debug for SingleFile {
@@ -64,7 +66,7 @@ impl SingleFile {
     /// # Errors
     /// When it cannot be read, is not a whole model, or one of another kind.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        published::refuse_pickle(path)?;
+        published::refuse_by_name(path)?;
         let file = Checkpoint::open(path)?;
         let kind = kind(&file)?;
         let mut whole = Self {
@@ -73,6 +75,7 @@ impl SingleFile {
             parts: BTreeMap::new(),
             pads: BTreeMap::new(),
             undecided: false,
+            file: file.clone(),
         };
         let class = if kind == Kind::Xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" };
         whole
@@ -179,6 +182,12 @@ impl SingleFile {
         })
     }
 
+    /// A family's scheduler, with what this file says of its prediction.
+    pub(crate) fn marked(&self, mut scheduler: Value) -> Value {
+        published::mark(&mut scheduler, &self.file);
+        scheduler
+    }
+
     /// Whether only the UNet itself can tell what it predicts.
     pub(crate) fn undecided(&self) -> bool {
         self.undecided
@@ -188,11 +197,26 @@ impl SingleFile {
 /// What a file is, by the tensors that each kind has.
 fn kind(file: &Checkpoint) -> Result<Kind, Error> {
     let any = |prefix: &str| file.names().any(|name| name.starts_with(prefix));
-    if !any(&format!("{UNET}input_blocks.")) || any("edm_mean") {
+    if !any(&format!("{UNET}input_blocks.")) {
         return Err(published::what_else(file));
     }
+    let wrong = |what: String| Err(Error::new(ErrorKind::Model, format!("{} is {what}", file.label())));
+    if let Some(what) = recognise::changed(file) {
+        return wrong(what);
+    }
+    let without = |which: &str| {
+        let prefix = if which == "first" { XL_CLIP } else { XL_OPEN_CLIP };
+        wrong(format!(
+            "an SDXL model without its {which} text encoder (no tensor is called '{prefix}...'): use the whole checkpoint"
+        ))
+    };
     match () {
         () if any(XL_OPEN_CLIP) && any(XL_CLIP) => Ok(Kind::Xl),
+        () if any(XL_CLIP) => without("second"),
+        () if any(XL_OPEN_CLIP) => without("first"),
+        () if any(&format!("{UNET}label_emb.")) && (any(OPEN_CLIP) || any(CLIP)) => wrong(
+            "a model whose UNet takes a picture or a class beside the text, which is not supported".into(),
+        ),
         () if any(OPEN_CLIP) => Ok(Kind::Sd2),
         () if any(CLIP) => Ok(Kind::Sd1),
         () => Err(published::what_else(file)),

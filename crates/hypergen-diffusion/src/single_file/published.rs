@@ -7,17 +7,20 @@ use hypergen_tensor::Checkpoint;
 use serde_json::Value;
 
 use super::Kind;
-use crate::families;
 use crate::{Error, ErrorKind};
+use crate::{families, recognise};
 
 /// Extensions of formats that can run code when they are read.
 pub(crate) const PICKLES: [&str; 4] = ["ckpt", "pt", "pth", "bin"];
 
-/// Refuses a file whose name says that it is a pickle.
+/// Refuses a file whose name says that it is a pickle, or of another format.
 ///
 /// # Errors
 /// With the reason and the mend.
-pub(super) fn refuse_pickle(path: &Path) -> Result<(), Error> {
+pub(super) fn refuse_by_name(path: &Path) -> Result<(), Error> {
+    if let Some(what) = recognise::extension(path) {
+        return Err(Error::new(ErrorKind::Model, format!("{} is {what}", path.display())));
+    }
     let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     if !PICKLES.contains(&extension.as_str()) {
         return Ok(());
@@ -59,67 +62,49 @@ pub(super) fn scheduler(kind: Kind, path: &Path, file: &Checkpoint) -> (Value, b
     if let Some((_, _, scheduler)) = distilled {
         return (scheduler(), false);
     }
-    // The second way to say it is that of fine-tunes of SDXL.
-    let says_v = match file.metadata("modelspec.prediction_type") {
-        Some("v" | "v_prediction") => Some(true),
-        Some("epsilon") => Some(false),
-        _ if file.get("v_pred").is_some() => Some(true),
-        _ => None,
-    };
+    let says_v = says_v(file);
     let mut scheduler = match kind {
         Kind::Sd1 => families::sd1(),
         Kind::Sd2 if says_v == Some(false) => families::sd2_base(),
         Kind::Sd2 => families::sd2_v(),
         Kind::Xl => families::sdxl(),
     };
-    if says_v == Some(true) {
-        scheduler["prediction_type"] = "v_prediction".into();
-    }
-    if file.get("ztsnr").is_some() {
-        scheduler["rescale_betas_zero_snr"] = true.into();
-    }
+    mark(&mut scheduler, file);
     (scheduler, kind == Kind::Sd2 && says_v.is_none())
 }
 
-/// Tensors by which other kinds of files are known, and what these are.
-const ELSE: &[(&str, &str)] = &[
-    ("lora_", "a LoRA, which is no model: load one beside a model"),
-    ("joint_blocks.", "a Stable Diffusion 3 model, which is not supported"),
-    ("model.diffusion_model.joint_blocks.", "a Stable Diffusion 3 model, which is not supported"),
-    ("double_blocks.", "a Flux model, which is not supported"),
-    ("model.diffusion_model.double_blocks.", "a Flux model, which is not supported"),
-    ("edm_mean", "a Playground model, which is not supported"),
-    ("conditioner.embedders.0.model.", "an SDXL refiner, which is not supported"),
-    ("control_model.", "a ControlNet, which is not supported"),
-    ("controlnet_cond_embedding.", "a ControlNet, which is not supported"),
-    ("model.diffusion_model.input_blocks.", "a UNet without its text encoder: use the whole checkpoint"),
-    ("input_blocks.", "a UNet alone: use the whole checkpoint"),
-    (
-        "down_blocks.",
-        "the UNet of a folder in the diffusers layout: give the folder that holds model_index.json",
-    ),
-    (
-        "text_model.",
-        "the text encoder of a folder in the diffusers layout: give the folder that holds model_index.json",
-    ),
-    (
-        "encoder.layers.",
-        "the text encoder of a folder in the diffusers layout: give the folder that holds model_index.json",
-    ),
-    ("first_stage_model.", "a VAE alone: give it with --vae beside a model"),
-    ("decoder.", "a VAE alone: give it with --vae beside a model"),
-];
+/// What a file says of its UNet's prediction, in its metadata or, as fine-tunes of
+/// SDXL do, by an empty tensor.
+fn says_v(file: &Checkpoint) -> Option<bool> {
+    let said = file.metadata("modelspec.prediction_type").or_else(|| file.metadata("modelspec.predict_key"));
+    match said {
+        Some("v" | "v_prediction") => Some(true),
+        Some("epsilon") => Some(false),
+        _ if file.get("v_pred").is_some() => Some(true),
+        _ => None,
+    }
+}
+
+/// Writes into a scheduler's file what the model's own file says. As in ComfyUI, `ztsnr`
+/// counts only beside v prediction: whoever predicts epsilon cannot begin at pure noise.
+/// Other programs then begin at the very last timestep, which here is trailing spacing.
+pub(super) fn mark(scheduler: &mut Value, file: &Checkpoint) {
+    if says_v(file) != Some(true) {
+        return;
+    }
+    scheduler["prediction_type"] = "v_prediction".into();
+    if file.get("ztsnr").is_some() {
+        scheduler["rescale_betas_zero_snr"] = true.into();
+        scheduler["timestep_spacing"] = "trailing".into();
+    }
+}
 
 /// An error for a file that is no model of ours.
 pub(super) fn what_else(file: &Checkpoint) -> Error {
-    let has = |prefix: &str| file.names().any(|name| name.starts_with(prefix));
-    let low_rank = file.names().any(|name| name.contains(".lora_A.") || name.contains(".lora_down."));
-    let found = ELSE.iter().find(|(prefix, _)| has(prefix)).map(|(_, what)| *what);
-    let found = if low_rank { Some(ELSE[0].1) } else { found };
     let label = file.label();
     Error::new(
         ErrorKind::Model,
-        match found {
+        match recognise::tensors(file) {
             Some(what) => format!("{label} is {what}"),
             None => format!(
                 "{label} is a safetensors file, but not a checkpoint of Stable Diffusion 1.x, 2.x or SDXL (no tensor \

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::shapes::{self, Shapes};
 use super::{names, published, renamed};
 use crate::files::ModelFiles;
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, recognise};
 
 /// Factor of the latents in Stable Diffusion 1.x and 2.x, which no tensor tells.
 pub(crate) const SCALING: f64 = 0.18215;
@@ -56,7 +56,7 @@ fn beside(name: &str) -> bool {
 /// # Errors
 /// When there is none at that place, or it cannot be read.
 pub(crate) fn open(path: &Path, own: &dyn Fn() -> Result<f64, Error>) -> Result<Vae, Error> {
-    published::refuse_pickle(path)?;
+    published::refuse_by_name(path)?;
     let metadata = std::fs::metadata(path).map_err(|e| {
         Error::new(
             ErrorKind::Model,
@@ -70,7 +70,12 @@ pub(crate) fn open(path: &Path, own: &dyn Fn() -> Result<f64, Error>) -> Result<
     let view = view(&file)?.ok_or_else(|| {
         Error::new(
             ErrorKind::Model,
-            format!("{} holds no VAE (no tensor is called 'decoder.conv_in.weight')", path.display()),
+            match recognise::tensors(&file) {
+                Some(what) => format!("{} holds no VAE: it is {what}", path.display()),
+                None => {
+                    format!("{} holds no VAE (no tensor is called 'decoder.conv_in.weight')", path.display())
+                }
+            },
         )
     })?;
     let beside = path.with_file_name("config.json");

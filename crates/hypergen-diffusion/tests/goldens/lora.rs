@@ -22,7 +22,9 @@ fn check(checkpoint: &str) {
     let mut wrong = vec![];
     for (name, case) in goldens.cases.iter().filter(|(_, c)| c.checkpoint == checkpoint) {
         let loras = case.loras.iter().map(|(lora, scale)| model.lora(lora, *scale)).collect();
-        let picture = psnr(&model.draw(&goldens.request(loras)), &numbers.bytes(name));
+        let mut request = goldens.request(loras);
+        request.prompt = case.prompt.clone().unwrap_or(request.prompt);
+        let picture = psnr(&model.draw(&request), &numbers.bytes(name));
         println!("{name}: {picture:.1} dB");
         if picture < PICTURE {
             wrong.push(format!("{name}: {picture:.1} dB"));

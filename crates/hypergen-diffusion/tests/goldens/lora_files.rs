@@ -34,6 +34,8 @@ pub(crate) struct Settings {
 pub(crate) struct Case {
     pub(crate) checkpoint: String,
     pub(crate) loras: Vec<(String, f64)>,
+    /// Where it is not that of all others.
+    pub(crate) prompt: Option<String>,
 }
 
 /// A LoRA file of the fixture: center, spread and dimensions of each tensor.

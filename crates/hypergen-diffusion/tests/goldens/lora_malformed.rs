@@ -16,6 +16,9 @@ const KOHYA_TO_V: &str = "lora_unet_mid_block_attentions_0_transformer_blocks_0_
 /// A convolution of 3x3, 64 channels to 64.
 const CONV: &str = "unet.mid_block.resnets.0.conv1";
 
+/// A normalisation of 64 channels.
+const NORM: &str = "unet.mid_block.resnets.0.norm1";
+
 /// A tensor: its name, type, dimensions and the value of all its elements.
 struct Tensor(String, &'static str, Vec<usize>, f32);
 
@@ -117,13 +120,68 @@ fn unfit() -> Vec<(&'static str, Vec<Tensor>, &'static str)> {
         ("a textual inversion", vec![f32s("emb_params", &[2, 32])], "textual inversion"),
         ("an orthogonal adapter", vec![f32s(format!("{KOHYA_TO_V}.oft_blocks"), &[2, 2])], "OFT"),
         ("something else", vec![f32s("w", &[2])], "no adapter of a kind that is known"),
-        ("a bias beside", with(vec![f32s(format!("{TO_V}.lora_B.bias"), &[64])]), "not understood"),
+        (
+            "a bias where there is none",
+            with(vec![f32s(format!("{TO_V}.lora_B.bias"), &[64])]),
+            "changes a bias",
+        ),
+        ("a difference of such", with(vec![f32s(format!("{TO_V}.diff_b"), &[64])]), "to_v has none"),
+        ("a bias of a right factor", with(vec![f32s(format!("{TO_V}.lora_A.bias"), &[2])]), "not understood"),
         (
             "a full difference beside",
-            with(vec![f32s(format!("{KOHYA_TO_V}.diff"), &[64, 64])]),
-            "not understood",
+            with(vec![f32s(format!("{TO_V}.diff"), &[64, 64])]),
+            "no adapter of one kind",
         ),
-        ("an embedding beside", with(vec![f32s("bundle_emb.x.string_to_param.*", &[1, 32])]), "bundle_emb"),
+        (
+            "a difference of another layer",
+            vec![f32s(format!("{TO_V}.diff"), &[64, 65])],
+            "[64, 65], which is not what fits a layer",
+        ),
+        (
+            "a normalisation that is none",
+            vec![f32s(format!("{TO_V}.w_norm"), &[64])],
+            "is for a normalisation, and",
+        ),
+        (
+            "a product for a normalisation",
+            pair(NORM, 2, 64, 64).into(),
+            "a normalisation changes by one difference",
+        ),
+        (
+            "a normalisation's scale twice",
+            vec![f32s(format!("{NORM}.w_norm"), &[64]), f32s(format!("{NORM}.diff"), &[64])],
+            "a normalisation changes by one difference",
+        ),
+        ("alpha of a normalisation", vec![f32s(format!("{NORM}.alpha"), &[])], "no adapter of one kind"),
+        (
+            "another normalisation",
+            vec![f32s(format!("{NORM}.b_norm"), &[63])],
+            "[63], which is not the 64 values of",
+        ),
+        ("half of GLoRA", vec![f32s(format!("{TO_V}.a1.weight"), &[64, 2])], "without their partners"),
+        (
+            "two kinds of lengths",
+            with(vec![
+                f32s(format!("{TO_V}.dora_scale"), &[64, 1]),
+                f32s(format!("{TO_V}.lora_magnitude_vector"), &[64]),
+            ]),
+            "without their partners",
+        ),
+        (
+            "an embedding of another width",
+            with(vec![f32s("bundle_emb.x.string_to_param.*", &[1, 33])]),
+            "is not 1 to 75 vectors",
+        ),
+        (
+            "an embedding longer than a prompt",
+            with(vec![f32s("bundle_emb.x.emb_params", &[76, 32])]),
+            "is not 1 to 75 vectors",
+        ),
+        (
+            "an embedding for SDXL",
+            with(vec![f32s("bundle_emb.x.clip_l", &[1, 32]), f32s("bundle_emb.x.clip_g", &[1, 64])]),
+            "has the tensors 'clip_g', 'clip_l'",
+        ),
         ("half a pair", vec![f32s(format!("{TO_V}.lora_A.weight"), &[2, 64])], "without their partners"),
         ("the other half", vec![f32s(format!("{TO_V}.lora_B.weight"), &[64, 2])], "lora_B.weight'"),
         ("alpha alone", vec![f32s(format!("{TO_V}.alpha"), &[])], "no adapter of one kind"),

@@ -294,3 +294,66 @@ fn a_unet_that_predicts_noise_is_found_out() {
     assert_eq!(open(&path, None).expect("a file that loads").info().sampler, "pndm");
     assert_eq!(open(&model.single(), None).expect("a file that loads").info().sampler, "ddim");
 }
+
+/// Fine-tunes of SDXL say by empty tensors what their UNet predicts. Beside v
+/// prediction `ztsnr` asks for zero terminal SNR, from the very last timestep; alone it
+/// says nothing, as in ComfyUI. A named family does not overrule either.
+#[test]
+fn marks_of_v_prediction_are_honoured() {
+    let model = Model::new("single_sdxl", false);
+    let folder = model.folder();
+    let path = folder.join("scheduler/scheduler_config.json");
+    let own: Value = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
+    let zero = json!({"prediction_type": "v_prediction", "rescale_betas_zero_snr": true, "timestep_spacing": "trailing"});
+    for (marks, fields) in [
+        (&["v_pred", "ztsnr"][..], zero),
+        (&["v_pred"], json!({"prediction_type": "v_prediction"})),
+        (&["ztsnr"], json!({})),
+        (&[], json!({})),
+    ] {
+        let mut tensors = Tensors::new();
+        for (name, recipe) in &model.single {
+            let (shape, values) = model.single_tensor(name, recipe);
+            tensors.insert(name.clone(), (model.dtype, shape, stored(&values, model.dtype)));
+        }
+        tensors.extend(marks.iter().map(|mark| ((*mark).to_owned(), (Dtype::F32, vec![0], vec![]))));
+        let file = model.path("marked.safetensors");
+        write_safetensors(&file, &tensors);
+        let mut scheduler = own.clone();
+        scheduler.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+        write_json(&path, &scheduler);
+        let expected = draw(&mut open(&folder, None).expect("the folder"), FOX);
+        let mut single = open(&file, None).expect("a single file");
+        assert_eq!(single.info().family, "Stable Diffusion XL", "{marks:?}");
+        assert!(draw(&mut single, FOX) == expected, "{marks:?}: another picture than with {fields}");
+        let options = LoadOptions {
+            dtype: DTypeChoice::Float32,
+            threads: Some(2),
+            family: Some("sdxl".parse().expect("a family")),
+            ..LoadOptions::default()
+        };
+        let mut named = load(file.to_str(), &options, &mut |_| {}).expect("a single file");
+        assert!(draw(&mut named, FOX) == expected, "{marks:?}: another picture with the family's name");
+    }
+}
+
+/// The names under which distilled models are published tell them; any other
+/// name needs the family.
+#[test]
+fn a_distilled_single_file_is_told_by_its_name_or_its_family() {
+    let model = Model::new("single_sdxl", false);
+    let plain = model.single();
+    let turbo = model.path("sd_xl_turbo_1.0_fp16.safetensors");
+    fs::copy(&plain, &turbo).expect("a copy");
+    let by_name = open(&turbo, None).expect("a single file").info();
+    assert_eq!(open(&plain, None).expect("a single file").info().family, "Stable Diffusion XL");
+    let options =
+        LoadOptions { family: Some("sdxl-turbo".parse().expect("a family")), ..LoadOptions::default() };
+    let by_family = load(plain.to_str(), &options, &mut |_| {}).expect("a single file").info();
+    for info in [by_name, by_family] {
+        assert_eq!(
+            (info.family.as_str(), info.min_guidance, info.native_size.width),
+            ("SDXL Turbo", 0.0, 512)
+        );
+    }
+}

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use flate2::read::GzDecoder;
 use hypergen_diffusion::files::ModelFiles;
+use hypergen_diffusion::prompt;
 use hypergen_diffusion::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
@@ -99,6 +100,130 @@ fn ids_of_the_embedded_model_are_those_of_transformers() {
     let model = ModelFiles::at(&repository().join("models/emoji")).expect("the embedded model's folder");
     let tokenizer = Tokenizer::load(&model, "tokenizer", 32, 4316).expect("a tokenizer");
     check(&tokenizer, "emoji", &goldens["ids"]["emoji"], goldens["prompts"].as_array().unwrap());
+}
+
+/// Tokens that were added to a vocabulary, in each of the files that may say
+/// so, with all their flags; those of several vectors are written out.
+#[test]
+fn ids_of_added_tokens_are_those_of_diffusers() {
+    let goldens = &fixture::json("tokens.json")["added"];
+    let merges = merges();
+    let vocabulary = Value::Object(vocabulary(&merges));
+    for (name, row) in goldens["tokenizers"].as_object().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        let part = folder.path().join("tokenizer");
+        write_json(&folder.path().join("model_index.json"), &json!({}));
+        let (positions, embeddings) = match row["files"].get("tokenizer.json") {
+            None => {
+                write_json(&part.join("vocab.json"), &vocabulary);
+                fs::write(part.join("merges.txt"), format!("#version: 0.2\n{merges}")).unwrap();
+                write_json(&part.join("tokenizer_config.json"), &json!({"model_max_length": 77}));
+                (77, 49414)
+            }
+            Some(_) => {
+                fs::create_dir_all(&part).unwrap();
+                for file in ["tokenizer.json", "tokenizer_config.json"] {
+                    fs::copy(repository().join("models/emoji/tokenizer").join(file), part.join(file))
+                        .unwrap();
+                }
+                (32, 4321)
+            }
+        };
+        for (file, content) in row["files"].as_object().unwrap() {
+            let path = part.join(file);
+            let whole = fs::read(&path).map_or(json!({}), |text| serde_json::from_slice(&text).unwrap());
+            write_json(&path, &merged(whole, content));
+        }
+        let model = ModelFiles::at(folder.path()).expect("a model's folder");
+        let tokenizer = Tokenizer::load(&model, "tokenizer", positions, embeddings).expect("a tokenizer");
+        check(&tokenizer, name, row, goldens["prompts"].as_array().unwrap());
+        // In the other syntax, too.
+        let parsed = prompt::parse("prompt", "a (photo of <cat-toy>:1.2)").expect("fine");
+        let chunk = prompt::chunks("prompt", &parsed.parts, &tokenizer).expect("chunks").remove(0);
+        let plain = tokenizer.encode("a photo of <cat-toy>").expect("ids").ids;
+        assert_eq!(chunk.ids, plain, "{name}");
+    }
+}
+
+/// A file with more in it: a list is one of further added tokens.
+fn merged(mut whole: Value, content: &Value) -> Value {
+    match content {
+        Value::Array(tokens) => {
+            whole["added_tokens"].as_array_mut().expect("a list").extend(tokens.iter().cloned());
+        }
+        _ => whole.as_object_mut().unwrap().extend(content.as_object().unwrap().clone()),
+    }
+    whole
+}
+
+/// Tokens that cannot have the ids that the files give them, or whose files
+/// make no sense.
+#[test]
+fn added_tokens_that_make_no_sense_are_refused_by_name() {
+    let token = |content: &str| json!({"content": content, "normalized": true, "special": false});
+    let decoder = |id: &str, token: Value| json!({"added_tokens_decoder": {id: token}});
+    let many: serde_json::Map<String, Value> =
+        (0..10_001).map(|i| (format!("<t{i}>"), json!(4316 + i))).collect();
+    let long = "x".repeat(2000);
+    for (file, content, words) in [
+        ("added_tokens.json", json!({"<a>": 4316, "<b>": 4318}), "'<b>' has id 4318, but 4317 is its place"),
+        ("added_tokens.json", json!({"<a>": 4316, "<b>": 4316}), "one id to several"),
+        ("added_tokens.json", json!({"<a>": "4316"}), "it maps '<a>' to \"4316\""),
+        ("added_tokens.json", json!({"<a>": -1}), "it maps '<a>' to -1"),
+        ("added_tokens.json", json!({"<a>": 4_294_967_296_u64}), "it maps '<a>' to 4294967296"),
+        ("added_tokens.json", Value::Object(many), "at most 10000"),
+        ("added_tokens.json", json!({long: 4316}), "more than 1000 bytes"),
+        ("added_tokens.json", json!([]), "does not hold a JSON object"),
+        ("tokenizer_config.json", decoder("5", token("<a>")), "'<a>' has id 5, but 4316 is its place"),
+        ("tokenizer_config.json", decoder("x", token("<a>")), "maps 'x' to"),
+        ("tokenizer_config.json", decoder("4316", json!("<a>")), "maps '4316' to \"<a>\""),
+        ("tokenizer_config.json", decoder("4316", json!({"lstrip": true})), "maps '4316' to {"),
+        ("tokenizer_config.json", decoder("5000", token("<a>")), "'<a>' has id 5000"),
+        ("tokenizer.json", json!([{"id": 4316}]), "has no id or no text"),
+        ("tokenizer.json", json!([{"id": 5000, "content": "<a>"}]), "'<a>' has id 5000, but 4316"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let part = folder.path().join("tokenizer");
+        write_json(&folder.path().join("model_index.json"), &json!({}));
+        for name in ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"] {
+            if name == "tokenizer.json" && file == "added_tokens.json" {
+                continue;
+            }
+            fs::create_dir_all(&part).unwrap();
+            fs::copy(repository().join("models/emoji/tokenizer").join(name), part.join(name)).unwrap();
+        }
+        let path = part.join(file);
+        let whole = fs::read(&path).map_or(json!({}), |text| serde_json::from_slice(&text).unwrap());
+        let plain_list = file == "added_tokens.json" && content.is_array();
+        write_json(&path, &if plain_list { content } else { merged(whole, &content) });
+        let model = ModelFiles::at(folder.path()).expect("a model's folder");
+        let error = Tokenizer::load(&model, "tokenizer", 32, 4400).err().expect(words);
+        assert!(error.message.contains(words) && error.message.contains(file), "{error}, not {words}");
+        assert!(error.message.len() < 400, "{error}");
+    }
+    // A token without an embedding.
+    let model = ModelFiles::at(&repository().join("models/emoji")).expect("the embedded model's folder");
+    assert!(
+        Tokenizer::load(&model, "tokenizer", 32, 4315)
+            .err()
+            .expect("one is missing")
+            .message
+            .contains("4315")
+    );
+}
+
+/// The longest prompts that are let through, of one character each, and one
+/// word of all of them: neither takes a time that grows with its square.
+#[test]
+fn long_prompts_of_one_character_are_tokenized() {
+    let model = ModelFiles::at(&repository().join("models/emoji")).expect("the embedded model's folder");
+    let tokenizer = Tokenizer::load(&model, "tokenizer", 32, 4316).expect("a tokenizer");
+    for piece in ["a", "!", " ", "<", "日", "\u{301}", "'", "\\", "ab", "a ", "<|endoftext|>"] {
+        let text = piece.repeat(hypergen_diffusion::MAX_PROMPT / piece.chars().count());
+        let tokens = tokenizer.encode(&text).expect("ids");
+        assert_eq!(tokens.ids.len(), 32, "{piece}");
+        assert_eq!(tokens.truncated.is_some(), piece != " ", "{piece}");
+    }
 }
 
 /// What a user is told of a prompt that was cut begins where the cut is.

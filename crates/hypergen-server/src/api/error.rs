@@ -3,9 +3,9 @@
 //! fail in their own terms and are turned into this at the edge.
 
 use axum::Json;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use hypergen_diffusion::{ErrorKind, ParameterError};
+use hypergen_diffusion::{ErrorKind, ParameterError, clipped};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -44,11 +44,36 @@ pub struct ApiError {
     pub param: Option<String>,
     code: Option<&'static str>,
     retry_after: Option<u64>,
+    /// The same request will fail again.
+    lasting: bool,
+    /// The answer says that bodies come without compression.
+    accept_identity: bool,
 }
+
+/// Tells OpenAI's clients whether to try again, whatever the status.
+pub(crate) const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// Why a request failed, for the line that the log has of every answer.
+#[derive(Debug, Clone)]
+pub(crate) struct Reason(pub(crate) String);
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code: None, retry_after: None }
+        let message = clipped(message);
+        Self {
+            status,
+            message,
+            param: None,
+            code: None,
+            retry_after: None,
+            lasting: false,
+            accept_identity: false,
+        }
+    }
+
+    /// The same failure, of which it is known that trying again cannot mend it.
+    pub(crate) fn lasting(self) -> Self {
+        Self { lasting: true, ..self }
     }
 
     /// 400: the request is at fault.
@@ -81,7 +106,7 @@ impl ApiError {
         }
     }
 
-    /// 405.
+    /// 405 for a path that is there.
     pub fn method_not_allowed(method: &str, path: &str) -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, format!("{path} does not take {method}"))
     }
@@ -114,6 +139,21 @@ impl ApiError {
         )
     }
 
+    /// 415 for a body that is compressed.
+    pub fn unsupported_encoding(found: &str) -> Self {
+        let message =
+            format!("The body's Content-Encoding is '{found}': send it as it is, without compression");
+        Self { accept_identity: true, ..Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message) }
+    }
+
+    /// 501 for a way of sending that this server does not know.
+    pub fn unsupported_transfer(found: &str) -> Self {
+        let message = format!(
+            "The body's Transfer-Encoding is '{found}': send it with a Content-Length, or with 'chunked' alone"
+        );
+        Self::new(StatusCode::NOT_IMPLEMENTED, message).lasting()
+    }
+
     /// 429, with the seconds after which trying again makes sense.
     pub fn queue_full(capacity: usize, retry_after: u64) -> Self {
         Self {
@@ -143,6 +183,7 @@ impl ApiError {
         match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
             StatusCode::SERVICE_UNAVAILABLE => "server_error",
+            StatusCode::NOT_IMPLEMENTED => "invalid_request_error",
             status if status.is_server_error() => "internal_error",
             _ => "invalid_request_error",
         }
@@ -171,12 +212,15 @@ impl From<ParameterError> for ApiError {
 impl From<hypergen_diffusion::Error> for ApiError {
     /// The one place where the model's errors become statuses. A cancelled
     /// generation has nobody left to read its answer, or was stopped by a
-    /// shutdown: that is what the answer says.
+    /// shutdown: that is what the answer says. All others depend on nothing
+    /// but the request, the model and the machine, so that trying again is in vain.
     fn from(e: hypergen_diffusion::Error) -> Self {
         let mut error = match e.kind {
             ErrorKind::Request => Self::bad_request(e.message),
             ErrorKind::Cancelled => Self::shutting_down(),
-            ErrorKind::Model | ErrorKind::OutOfMemory | ErrorKind::Internal => Self::internal(e.message),
+            ErrorKind::Model | ErrorKind::OutOfMemory | ErrorKind::Internal => {
+                Self::internal(e.message).lasting()
+            }
         };
         error.param = e.param.map(str::to_owned);
         error
@@ -195,6 +239,15 @@ impl IntoResponse for ApiError {
         }
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.lasting {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        if self.accept_identity {
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
+        if self.status.is_server_error() {
+            response.extensions_mut().insert(Reason(self.message));
         }
         response
     }

@@ -1,13 +1,13 @@
-//! Parameters that OpenAI's API and the specification do not have, each
-//! declared once: how prompts are read, skipped layers, rescaled guidance, and
-//! SDXL's sizes. Left out, they change nothing.
+//! Parameters that the specification does not have, each declared once: how
+//! prompts are read, skipped layers, rescaled guidance, and SDXL's sizes. Left
+//! out, they change nothing. Streams, which OpenAI's API has, are refused here.
 
 use std::str::FromStr;
 
 use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::{CLIP_SKIP, Corner, Extent, GUIDANCE_RESCALE, Range, Request, SizeConditioning};
 use serde_json::json;
-use utoipa::openapi::schema::ObjectBuilder;
+use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
 use super::fields::{Fields, clip};
@@ -31,6 +31,7 @@ pub struct Defaults {
 /// The parameters.
 pub(super) struct Extensions {
     prompt_syntax: Choice,
+    partial_images: Integer,
     clip_skip: Integer,
     guidance_rescale: Number,
     sizes: Sizes,
@@ -47,6 +48,12 @@ struct Sizes {
     target_size: Text,
 }
 
+/// OpenAI's words for events while a picture is drawn. A client that asks for
+/// them waits for events, and would take an answer without any for none at all.
+const STREAM: &str = "stream";
+/// How many pictures such events show on the way, as far as OpenAI's API goes. It says
+/// nothing where there are no events; that API's own clients send it with `stream: false`.
+const PARTIAL_IMAGES: Range<usize> = Range { name: "partial_images", min: 0, max: 3, default: 0 };
 const EXTENT: &str = r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$";
 const CORNER: &str = r"^[0-9]{1,4},[0-9]{1,4}$";
 
@@ -63,6 +70,11 @@ impl Extensions {
                 words: PromptSyntax::ALL.iter().map(|syntax| syntax.name()).collect(),
                 default: Some(defaults.prompt_syntax.name()),
             },
+            partial_images: Integer::new(
+                &PARTIAL_IMAGES,
+                PARTIAL_IMAGES.default,
+                "Pictures in such events; without effect as there are none.",
+            ),
             clip_skip: Integer::new(
                 &Range { max: takes.clip_skip, ..CLIP_SKIP },
                 defaults.clip_skip,
@@ -71,6 +83,7 @@ impl Extensions {
             guidance_rescale: Number {
                 about: "How far to take back the contrast that guidance adds.",
                 range: Range { default: defaults.guidance_rescale, ..GUIDANCE_RESCALE },
+                below: None,
             },
             sizes: Sizes {
                 original_size: Text {
@@ -102,6 +115,8 @@ impl Extensions {
 
     /// Reads them into a request.
     pub(super) fn read(&self, fields: &Fields, request: &mut Request) -> Result<(), ApiError> {
+        refuse_streams(fields)?;
+        self.partial_images.read(fields)?;
         if let Some(name) = self.prompt_syntax.read(fields)? {
             request.prompt_syntax = name.parse()?;
         }
@@ -130,6 +145,11 @@ impl Extensions {
     /// Adds them to the schema of a request.
     pub(super) fn describe(&self, mut schema: ObjectBuilder) -> ObjectBuilder {
         schema = schema
+            .property(
+                STREAM,
+                only(Type::Boolean, json!(false), "Events while it draws: this server sends none yet."),
+            )
+            .property(self.partial_images.name, self.partial_images.schema())
             .property(self.prompt_syntax.name, self.prompt_syntax.schema())
             .property(self.clip_skip.name, self.clip_skip.schema())
             .property(self.guidance_rescale.range.name, self.guidance_rescale.schema());
@@ -155,6 +175,25 @@ impl Sizes {
             target_size: parse::<Extent>(&self.target_size, fields)?,
         })
     }
+}
+
+fn refuse_streams(fields: &Fields) -> Result<(), ApiError> {
+    if fields.boolean(STREAM)? != Some(true) {
+        return Ok(());
+    }
+    let message = format!(
+        "{STREAM} is true, but this server does not stream yet: leave it out or send false, and the answer comes when \
+         all is drawn"
+    );
+    Err(ApiError::parameter(STREAM, message))
+}
+
+/// A property that takes one value alone.
+fn only(kind: Type, value: serde_json::Value, about: &str) -> ObjectBuilder {
+    ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([kind, Type::Null]))
+        .enum_values(Some([value, json!(null)]))
+        .description(Some(about))
 }
 
 fn parse<T: FromStr<Err = String>>(text: &Text, fields: &Fields) -> Result<Option<T>, ApiError> {
@@ -215,6 +254,15 @@ mod tests {
     }
 
     #[test]
+    fn streams_that_are_switched_off_are_none() {
+        for json in
+            [r#"{"stream": false, "partial_images": 2}"#, r#"{"stream": null, "partial_images": 0.0}"#]
+        {
+            assert_eq!(read(&Defaults::default(), json), Ok(Request::new("x")), "{json}");
+        }
+    }
+
+    #[test]
     fn sizes_are_described_where_the_model_takes_them() {
         for sizes in [false, true] {
             let schema = Extensions::new(&SET, &takes(sizes)).describe(ObjectBuilder::new()).build();
@@ -236,6 +284,12 @@ mod tests {
             (r#"{"target_size": 5}"#, "target_size", "a string"),
             (r#"{"negative_original_size": "1x1"}"#, "negative_target_size", "both, or neither"),
             (r#"{"negative_crop": "1,1"}"#, "negative_original_size", "both, or neither"),
+            (r#"{"stream": true}"#, "stream", "does not stream yet: leave it out or send false"),
+            (r#"{"stream": "yes"}"#, "stream", "true or false"),
+            (r#"{"stream": 1}"#, "stream", "true or false"),
+            (r#"{"partial_images": 4}"#, "partial_images", "between 0 and 3"),
+            (r#"{"partial_images": -1}"#, "partial_images", "between 0 and 3"),
+            (r#"{"partial_images": true}"#, "partial_images", "an integer"),
         ] {
             let error = read(&SET, json).expect_err(json);
             assert_eq!(error.param.as_deref(), Some(param), "{json}");

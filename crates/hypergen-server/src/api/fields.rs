@@ -16,6 +16,12 @@ use super::error::ApiError;
 /// Longest piece of a client's own text that an error repeats, in characters.
 const ECHO: usize = 64;
 
+/// Floats hold every whole number up to here.
+pub(super) const EXACT: u64 = 1 << 53;
+const BYTE_ORDER_MARK: char = '\u{feff}';
+/// How files of gzip begin.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
 /// A request's JSON object.
 #[derive(Debug)]
 pub struct Fields(BTreeMap<String, Box<RawValue>>);
@@ -27,8 +33,11 @@ pub enum Whole {
     Integer(i128),
     /// Whole, but longer than any parameter is.
     Huge,
-    /// A fraction, or a float so large that its last digits are a guess.
+    /// A fraction.
     Fraction,
+    /// A float so large that floats no longer hold every whole number: its
+    /// last digits may be a guess.
+    Inexact,
 }
 
 impl Fields {
@@ -37,9 +46,14 @@ impl Fields {
     /// # Errors
     /// 400 when it is not UTF-8, not JSON, or not an object.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        if body.starts_with(&GZIP) {
+            return Err(ApiError::bad_request("The body is compressed: send it as it is"));
+        }
         let text = std::str::from_utf8(body).map_err(|e| {
             ApiError::bad_request(format!("The body is not valid UTF-8 (at byte {})", e.valid_up_to()))
         })?;
+        // RFC 8259, section 8.1: a parser may ignore the mark, which some systems write before every text.
+        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
         if text.trim().is_empty() {
             return Err(ApiError::bad_request("The body is empty: send a JSON object with a \"prompt\""));
         }
@@ -71,6 +85,19 @@ impl Fields {
                 format!("{name} must be valid Unicode, but holds half a surrogate pair"),
             )
         })
+    }
+
+    /// A field that must be true or false.
+    ///
+    /// # Errors
+    /// 400 when it is something else.
+    pub fn boolean(&self, name: &str) -> Result<Option<bool>, ApiError> {
+        match self.raw(name) {
+            None => Ok(None),
+            Some("true") => Ok(Some(true)),
+            Some("false") => Ok(Some(false)),
+            Some(raw) => Err(wrong_type(name, "true or false", raw)),
+        }
     }
 
     /// Whether a field is there.
@@ -124,19 +151,40 @@ fn is_number(raw: &str) -> bool {
     raw.starts_with(|c: char| c == '-' || c.is_ascii_digit())
 }
 
+/// Reads a number's digits themselves: as a float it might lose some, and a
+/// fraction that is lost with them would pass for a whole number.
 fn whole(raw: &str) -> Whole {
-    /// Floats are exact up to here.
-    const EXACT: f64 = 9_007_199_254_740_992.0;
     if let Ok(value) = raw.parse::<i128>() {
         return Whole::Integer(value);
     }
     if !raw.contains(['.', 'e', 'E']) {
         return Whole::Huge;
     }
-    match raw.parse::<f64>() {
-        #[expect(clippy::cast_possible_truncation, reason = "whole and below 2^53")]
-        Ok(value) if value.fract() == 0.0 && value.abs() <= EXACT => Whole::Integer(value as i128),
-        _ => Whole::Fraction,
+    let (negative, number) = raw.strip_prefix('-').map_or((false, raw), |rest| (true, rest));
+    let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
+    let (integer, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let all = [integer, fraction].concat();
+    let digits = all.trim_start_matches('0').trim_end_matches('0');
+    if digits.is_empty() {
+        return Whole::Integer(0);
+    }
+    // The number is `digits` and this many zeros.
+    let zeros = exponent.parse::<i64>().ok().and_then(|exponent| {
+        let trailing = all.len() - all.trim_end_matches('0').len();
+        exponent.checked_add(i64::try_from(trailing).ok()?)?.checked_sub(i64::try_from(fraction.len()).ok()?)
+    });
+    let Some(zeros) = zeros else {
+        // An exponent of twenty digits.
+        return if exponent.starts_with('-') { Whole::Fraction } else { Whole::Inexact };
+    };
+    let Ok(zeros) = usize::try_from(zeros) else { return Whole::Fraction };
+    // 2^53 has 16 digits.
+    if digits.len().saturating_add(zeros) > 16 {
+        return Whole::Inexact;
+    }
+    match format!("{digits}{}", "0".repeat(zeros)).parse::<i128>() {
+        Ok(value) if value <= i128::from(EXACT) => Whole::Integer(if negative { -value } else { value }),
+        _ => Whole::Inexact,
     }
 }
 
@@ -173,19 +221,43 @@ mod tests {
 
     #[test]
     fn whole_numbers_keep_every_digit() {
-        let f = fields(
-            r#"{"a": 18446744073709551615, "b": 1.0, "c": 1.5, "d": -0, "e": 1e3, "f": 12345678901234567890.0,
-            "g": 99999999999999999999999999999999999999999999, "h": 1e400}"#,
-        );
+        let f = fields(r#"{"a": 18446744073709551615, "g": 99999999999999999999999999999999999999999999}"#);
         let read = |name| f.integer(name, "").expect("a number").expect("present").0;
         assert_eq!(read("a"), Whole::Integer(u64::MAX.into()));
-        assert_eq!(read("b"), Whole::Integer(1));
-        assert_eq!(read("c"), Whole::Fraction);
-        assert_eq!(read("d"), Whole::Integer(0));
-        assert_eq!(read("e"), Whole::Integer(1000));
-        assert_eq!(read("f"), Whole::Fraction);
         assert_eq!(read("g"), Whole::Huge);
-        assert_eq!(read("h"), Whole::Fraction);
+    }
+
+    #[test]
+    fn floats_are_whole_numbers_where_they_lose_no_digit() {
+        let small = format!("1{}e-50", "0".repeat(50));
+        for (raw, expected) in [
+            ("1.0", Whole::Integer(1)),
+            ("-0", Whole::Integer(0)),
+            ("-0.0", Whole::Integer(0)),
+            ("0e99999999999999999999", Whole::Integer(0)),
+            ("0.0e-5", Whole::Integer(0)),
+            ("1e3", Whole::Integer(1000)),
+            ("1E+3", Whole::Integer(1000)),
+            ("-1.5e1", Whole::Integer(-15)),
+            ("100e-2", Whole::Integer(1)),
+            ("0.01e2", Whole::Integer(1)),
+            (small.as_str(), Whole::Integer(1)),
+            ("9007199254740992.0", Whole::Integer(1 << 53)),
+            ("9007199254740993.0", Whole::Inexact),
+            ("9007199254740992.5", Whole::Fraction),
+            ("12345678901234567890.0", Whole::Inexact),
+            ("1e20", Whole::Inexact),
+            ("1e400", Whole::Inexact),
+            ("1e99999999999999999999", Whole::Inexact),
+            ("1.5", Whole::Fraction),
+            ("1.00000000000000000000000001", Whole::Fraction),
+            ("0.99999999999999999999999999", Whole::Fraction),
+            ("1e-400", Whole::Fraction),
+            ("1e-99999999999999999999", Whole::Fraction),
+            ("15e-1", Whole::Fraction),
+        ] {
+            assert_eq!(whole(raw), expected, "{raw}");
+        }
     }
 
     #[test]
@@ -222,6 +294,10 @@ mod tests {
     fn bodies_that_are_no_object_are_explained() {
         assert!(message(b"").contains("empty"));
         assert!(message(b"{\"a\": \xff}").contains("UTF-8"));
+        assert!(message(b"\x1f\x8b\x08\x00").contains("compressed"));
+        assert!(message(b"\xff\xfe{\x00").contains("UTF-8"));
+        assert!(Fields::parse(b"\xef\xbb\xbf{}").is_ok(), "a byte order mark says nothing");
+        assert!(message(b"\xef\xbb\xbf").contains("empty"));
         assert!(message(b"{\"a\": ").contains("not valid JSON"));
         assert!(message(b"[1]").contains("but is an array"));
         assert!(message(b"7").contains("but is 7"));

@@ -41,7 +41,11 @@ impl Loras {
                 about: "LoRA weights for this request, a .safetensors file on the server's disk or a name in its folder \
                     of LoRAs (GET /v1/loras). Overrides the server's own.",
             },
-            scale: Number { about: "Strength of the LoRA; 0 is the base model alone.", range: LORA_SCALE },
+            scale: Number {
+                about: "Strength of the LoRA; 0 is the base model alone.",
+                range: LORA_SCALE,
+                below: None,
+            },
         }
     }
 
@@ -61,7 +65,7 @@ impl Loras {
             let path =
                 path.ok_or_else(|| ApiError::parameter(LORAS, format!("{LORAS}: each needs a \"{PATH}\"")))?;
             let range = hypergen_diffusion::Range { name: SCALE, ..LORA_SCALE };
-            let scale = Number { about: "", range }.read(&lora).map_err(within)?;
+            let scale = Number { about: "", range, below: None }.read(&lora).map_err(within)?;
             named.push((path, scale));
         }
         if named.len() > MOST {

@@ -9,6 +9,7 @@ mod parameters;
 mod response;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail};
+pub(crate) use error::{Reason, SHOULD_RETRY};
 pub use extensions::Defaults;
 pub use fields::{Fields, Whole};
 pub use loras::LoraChoice;

@@ -9,13 +9,15 @@
 use std::ops::RangeInclusive;
 
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{GUIDANCE_SCALE, IMAGES, ModelInfo, Range, Request, STEPS, Size};
+use hypergen_diffusion::{
+    GUIDANCE_SCALE, IMAGES, MAX_PROMPT, ModelInfo, ParameterError, Range, Request, STEPS, Size,
+};
 use serde_json::json;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use super::error::ApiError;
 use super::extensions::{Defaults, Extensions};
-use super::fields::{Fields, Whole, clip, wrong_type};
+use super::fields::{EXACT, Fields, Whole, clip, wrong_type};
 use super::loras::{LoraChoice, Loras};
 use crate::encode::{ImageFormat, OUTPUT_COMPRESSION};
 
@@ -138,6 +140,11 @@ impl Integer {
             Whole::Integer(value) => u64::try_from(value).ok(),
             Whole::Huge => None,
             Whole::Fraction => return Err(wrong_type(self.name, &format!("an integer {range}"), raw)),
+            Whole::Inexact if *self.range.end() < EXACT => None,
+            Whole::Inexact => {
+                let wanted = format!("an integer {range}, without fraction or exponent beyond 2^53");
+                return Err(wrong_type(self.name, &wanted, raw));
+            }
         };
         match value.filter(|value| self.range.contains(value)) {
             Some(value) => Ok(Some(value)),
@@ -157,13 +164,20 @@ impl Integer {
 pub(super) struct Number {
     pub(super) about: &'static str,
     pub(super) range: Range<f64>,
+    /// What to do where a value is too small for the model.
+    pub(super) below: Option<String>,
 }
 
 impl Number {
     pub(super) fn read(&self, fields: &Fields) -> Result<f64, ApiError> {
         let range = format!("between {} and {}", self.range.min, self.range.max);
         match fields.number(self.range.name, &range)? {
-            Some(value) => Ok(self.range.check(value)?),
+            Some(value) => Ok(self.range.check(value).map_err(|e| match &self.below {
+                Some(hint) if value >= 0.0 && value < self.range.min => {
+                    ParameterError { message: format!("{}; {hint}", e.message), ..e }
+                }
+                _ => e,
+            })?),
             None => Ok(self.range.default),
         }
     }
@@ -272,6 +286,7 @@ impl Parameters {
             guidance_scale: Number {
                 about: "How closely to follow the prompt. 1 turns guidance off and halves the work.",
                 range: guidance,
+                below: Some(model.guidance_hint()),
             },
             seed: Integer {
                 name: "seed",
@@ -319,6 +334,7 @@ impl Parameters {
             sampler: self.sampler.read(fields)?.and_then(|name| name.parse().ok()),
             ..Request::new(self.read_prompt(fields)?)
         };
+        first.check_prompts()?;
         self.extensions.read(fields, &mut first)?;
         self.quality.read(fields)?;
         let request = ImageRequest {
@@ -368,6 +384,7 @@ impl Parameters {
     /// does not know are allowed, as clients of OpenAI's API send several.
     pub fn schema(&self) -> Object {
         let prompt = self.prompt.schema().schema_type(Type::String).min_length(Some(1));
+        let prompt = prompt.max_length(Some(MAX_PROMPT));
         let size = self
             .size
             .schema()
@@ -387,7 +404,7 @@ impl Parameters {
             .property(self.response_format.name, self.response_format.schema())
             .property(self.output_format.name, self.output_format.schema())
             .property(self.output_compression.name, self.output_compression.schema())
-            .property(self.negative_prompt.name, self.negative_prompt.schema())
+            .property(self.negative_prompt.name, self.negative_prompt.schema().max_length(Some(MAX_PROMPT)))
             .property(self.steps.name, self.steps.schema())
             .property(self.guidance_scale.range.name, self.guidance_scale.schema())
             .property(self.seed.name, self.seed.schema())

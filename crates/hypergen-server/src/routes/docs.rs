@@ -19,7 +19,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 
 /// This description.
 #[utoipa::path(
-    get, path = "/openapi.json", tag = "Server",
+    get, path = "/openapi.json", operation_id = "openapi", tag = "Server",
     responses((status = 200, description = "An OpenAPI document", content_type = "application/json"))
 )]
 pub(crate) async fn openapi(State(app): State<Arc<Shared>>) -> Response {
@@ -29,7 +29,7 @@ pub(crate) async fn openapi(State(app): State<Arc<Shared>>) -> Response {
 
 /// A page that shows the API and lets one try it.
 #[utoipa::path(
-    get, path = "/docs", tag = "Server",
+    get, path = "/docs", operation_id = "docs", tag = "Server",
     responses((status = 200, description = "The page", content_type = "text/html; charset=utf-8", body = String))
 )]
 pub(crate) async fn page() -> Response {

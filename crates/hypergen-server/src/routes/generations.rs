@@ -29,7 +29,7 @@ const WARNING_LENGTH: usize = 1000;
 
 /// Draws pictures from a prompt.
 #[utoipa::path(
-    post, path = "/v1/images/generations", tag = "Images",
+    post, path = "/v1/images/generations", operation_id = "create_image", tag = "Images",
     request_body(content = ref("#/components/schemas/ImageRequest"), content_type = "application/json"),
     responses(
         (status = 200, description = "The pictures", body = ImageResponse, headers(
@@ -39,11 +39,13 @@ const WARNING_LENGTH: usize = 1000;
         (status = 401, description = "The API key is missing or wrong", body = ErrorBody),
         (status = 408, description = "The body came too slowly", body = ErrorBody),
         (status = 413, description = "The body is too large", body = ErrorBody),
-        (status = 415, description = "The body is not sent as JSON", body = ErrorBody),
+        (status = 415, description = "The body is not sent as JSON, or is compressed", body = ErrorBody),
         (status = 429, description = "The queue is full", body = ErrorBody, headers(
             ("retry-after" = u64, description = "Seconds after which the queue should be empty, as measured")
         )),
-        (status = 500, description = "The generation failed", body = ErrorBody),
+        (status = 500, description = "The generation failed", body = ErrorBody, headers(
+            ("x-should-retry" = String, description = "false where trying again is known to be in vain")
+        )),
         (status = 503, description = "The server is shutting down", body = ErrorBody)
     )
 )]
@@ -52,25 +54,34 @@ pub(crate) async fn create(State(app): State<Arc<Shared>>, request: Request) -> 
     let fields = body::read_json(request, app.body_limits).await?;
     let request = app.parameters.read(&fields, random_seed)?;
     drop(fields);
-    let request = with_loras(&app, request).await?;
+    let request = checked(&app, request).await?;
     log(&app, &request);
     let ticket = app.engine.submit(request.requests()).map_err(refused)?;
     let files = files(&app, Arc::new(request), base.into(), ticket).await?;
     answer(files).await
 }
 
-/// Finds the files of the LoRAs that a request means: the disk may be slow, so
-/// on a thread that may wait.
-async fn with_loras(app: &Arc<Shared>, mut request: ImageRequest) -> Result<ImageRequest, ApiError> {
-    if !app.loras.concerns(&request.loras, &request.first) {
-        return Ok(request);
-    }
+/// Finds the files of the LoRAs that a request means, and asks what the model
+/// can do: everything that can be known before the request waits. The disk may
+/// be slow and a prompt long, so on a thread that may take its time.
+async fn checked(app: &Arc<Shared>, mut request: ImageRequest) -> Result<ImageRequest, ApiError> {
     let app = Arc::clone(app);
-    let found = tokio::task::spawn_blocking(move || {
-        request.first.loras = app.loras.resolve(&request.loras, &request.first)?;
+    let checking = blocking(move || {
+        if app.loras.concerns(&request.loras, &request.first) {
+            request.first.loras = app.loras.resolve(&request.loras, &request.first)?;
+        }
+        // The others differ by their seeds alone.
+        app.checker.check(&request.first)?;
         Ok::<_, hypergen_diffusion::Error>(request)
     });
-    Ok(found.await.map_err(|_| ApiError::internal("the LoRAs could not be looked up"))??)
+    let failed = |_| ApiError::internal("the request could not be checked; the server's log says more");
+    Ok(tokio::task::spawn_blocking(checking).await.map_err(failed)??)
+}
+
+/// Work for another thread, whose lines in the log are this request's.
+fn blocking<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let span = tracing::Span::current();
+    move || span.in_scope(work)
 }
 
 fn refused(refusal: Refusal) -> ApiError {
@@ -123,7 +134,7 @@ async fn files(
     while let Some(result) = ticket.next().await {
         let (index, picture) = result.map_err(failed)?;
         let (app, request, base) = (Arc::clone(app), Arc::clone(&request), Arc::clone(&base));
-        encoding.spawn_blocking(move || file(&app, &request, &base, index, picture));
+        encoding.spawn_blocking(blocking(move || file(&app, &request, &base, index, picture)));
     }
     let mut files = Vec::with_capacity(request.n);
     while let Some(result) = encoding.join_next().await {
@@ -148,19 +159,23 @@ fn file(
     let bytes = encode(&picture, request.format, request.quality, metadata.as_ref())
         .map_err(|e| ApiError::internal(e.to_string()))?;
     app.metrics.encoded(start.elapsed());
-    let url = match request.form.wants_url() {
-        true => {
-            let name = app.store.put(&bytes, request.format).map_err(|e| {
-                tracing::error!(error = %e, folder = %app.store.folder().display(), "a picture could not be stored");
-                ApiError::internal(e.to_string())
-            })?;
-            Some(format!("{base}/images/{name}"))
+    let mut warnings = picture.warnings;
+    let url = match request.form.wants_url().then(|| app.store.put(&bytes, request.format)) {
+        Some(Ok(name)) => Some(format!("{base}/images/{name}")),
+        Some(Err(e)) => {
+            tracing::error!(error = %e, folder = %app.store.folder().display(), "a picture could not be stored");
+            if !request.form.wants_base64() {
+                return Err(ApiError::internal(e.to_string()).lasting());
+            }
+            // The picture itself is there: an answer without its link is better than none.
+            warnings.push(format!("there is no url: {e}"));
+            None
         }
-        false => None,
+        None => None,
     };
     let b64_json = request.form.wants_base64().then(|| STANDARD.encode(&bytes));
     let data = ImageData { b64_json, url, revised_prompt: drawn.prompt, seed: drawn.seed };
-    Ok(File { index, data, warnings: picture.warnings })
+    Ok(File { index, data, warnings })
 }
 
 async fn answer(files: Vec<File>) -> Result<Response, ApiError> {

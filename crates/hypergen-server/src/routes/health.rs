@@ -13,7 +13,7 @@ use crate::app::Shared;
 
 /// How the server is.
 #[utoipa::path(
-    get, path = "/health", tag = "Server",
+    get, path = "/health", operation_id = "health", tag = "Server",
     responses(
         (status = 200, description = "It serves", body = Health),
         (status = 503, description = "It is shutting down", body = Health)

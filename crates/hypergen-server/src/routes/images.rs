@@ -10,11 +10,12 @@ use axum::response::{IntoResponse, Response};
 
 use crate::api::{ApiError, ErrorBody};
 use crate::app::Shared;
-use crate::store::Name;
+use crate::nothing::no_such_path;
+use crate::store::{Name, cause};
 
 /// A picture that was drawn lately.
 #[utoipa::path(
-    get, path = "/images/{name}", tag = "Images",
+    get, path = "/images/{name}", operation_id = "get_image", tag = "Images",
     params(("name" = String, Path, description = "The last part of the link in an answer", min_length = 1)),
     responses(
         (status = 200, description = "The file", content(
@@ -31,14 +32,15 @@ pub(crate) async fn get(
     request: Request,
 ) -> Result<Response, ApiError> {
     let unknown = || ApiError::not_found("No such picture: links work for a limited time");
-    let name = name.ok().and_then(|Path(name)| Name::parse(&name)).ok_or_else(unknown)?;
+    let name = name.ok().and_then(|Path(name)| Name::parse(&name));
+    let name = name.ok_or_else(|| no_such_path(request.uri().path()))?;
     let stored = {
         let (app, name) = (Arc::clone(&app), name.clone());
         tokio::task::spawn_blocking(move || app.store.get(&name)).await
     };
     let stored = match stored {
         Ok(Ok(stored)) => stored.ok_or_else(unknown)?,
-        Ok(Err(e)) => return Err(ApiError::internal(format!("the picture cannot be read: {e}"))),
+        Ok(Err(e)) => return Err(ApiError::internal(format!("the picture cannot be read: {}", cause(&e)))),
         Err(_) => return Err(ApiError::internal("the picture cannot be read")),
     };
     // A name is never used for a second picture, so it can be its own tag.

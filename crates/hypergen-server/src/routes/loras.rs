@@ -11,7 +11,7 @@ use crate::app::Shared;
 
 /// The LoRAs that can be asked for by name.
 #[utoipa::path(
-    get, path = "/v1/loras", tag = "Models",
+    get, path = "/v1/loras", operation_id = "list_loras", tag = "Models",
     responses(
         (status = 200, description = "Those in the folder that the server was started with; none without one", body = LoraList),
         (status = 401, description = "The API key is missing or wrong", body = ErrorBody),

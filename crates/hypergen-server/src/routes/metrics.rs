@@ -14,7 +14,7 @@ use crate::metrics::{MEDIA_TYPE, Now};
 
 /// Metrics in Prometheus' text format.
 #[utoipa::path(
-    get, path = "/metrics", tag = "Server",
+    get, path = "/metrics", operation_id = "metrics", tag = "Server",
     responses(
         (status = 200, description = "The metrics", content_type = MEDIA_TYPE, body = String),
         (status = 401, description = "The API key is missing or wrong", body = ErrorBody)

@@ -15,7 +15,7 @@ fn model(app: &Shared) -> Model {
 
 /// The models that can be asked for: the one that the server was started with.
 #[utoipa::path(
-    get, path = "/v1/models", tag = "Models",
+    get, path = "/v1/models", operation_id = "list_models", tag = "Models",
     responses(
         (status = 200, description = "The models", body = ModelList),
         (status = 401, description = "The API key is missing or wrong", body = ErrorBody)
@@ -27,7 +27,7 @@ pub(crate) async fn list(State(app): State<Arc<Shared>>) -> Json<ModelList> {
 
 /// One model by its name, which may hold slashes.
 #[utoipa::path(
-    get, path = "/v1/models/{id}", tag = "Models",
+    get, path = "/v1/models/{id}", operation_id = "get_model", tag = "Models",
     params(("id" = String, Path, description = "Its name", min_length = 1)),
     responses(
         (status = 200, description = "It is loaded", body = Model),

@@ -12,6 +12,16 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
+/** A text with what stands in backticks as code. */
+function rich(text) {
+  return (text ?? "").split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
+}
+
+/** JSON whose longest whole numbers are texts: numbers here have only 53 bits. */
+function parse(text) {
+  return JSON.parse(text.replace(/"([^"\\]+)":(\d{16,})(?=[,}\]])/g, '"$1":"$2"'));
+}
+
 /** A schema's type in a few words. */
 function typeOf(schema) {
   if (!schema) return "";
@@ -35,7 +45,7 @@ function table(schema) {
       element("td", {}, element("code", {}, name)),
       element("td", {}, typeOf(property)),
       element("td", {}, initial),
-      element("td", {}, property.description ?? "")));
+      element("td", {}, ...rich(property.description))));
   }
   return element("table", {}, body);
 }
@@ -43,14 +53,14 @@ function table(schema) {
 function route(method, path, operation) {
   const box = element("details", { class: "route" },
     element("summary", {}, element("span", { class: "method" }, method.toUpperCase()), element("code", {}, path),
-      " " + (operation.summary ?? operation.description ?? "")));
+      " ", ...rich(operation.summary ?? operation.description)));
   for (const content of Object.values(operation.requestBody?.content ?? {})) {
     box.append(element("p", {}, "Body: " + typeOf(content.schema)));
   }
   const answers = element("tbody");
   for (const [status, answer] of Object.entries(operation.responses ?? {})) {
     const kinds = Object.entries(answer.content ?? {}).map(([kind, content]) => `${typeOf(content.schema)} (${kind})`);
-    answers.append(element("tr", {}, element("td", {}, status), element("td", {}, answer.description ?? ""),
+    answers.append(element("tr", {}, element("td", {}, status), element("td", {}, ...rich(answer.description)),
       element("td", {}, kinds.join(", "))));
   }
   box.append(element("table", {}, answers));
@@ -59,8 +69,8 @@ function route(method, path, operation) {
 
 async function describe() {
   const answer = await fetch("openapi.json");
-  const api = await answer.json();
-  byId("about").textContent = `${api.info.description} Version ${api.info.version}.`;
+  const api = parse(await answer.text());
+  byId("about").replaceChildren(...rich(api.info.description), ` Version ${api.info.version}.`);
   for (const [path, item] of Object.entries(api.paths)) {
     for (const method of ["get", "post", "put", "patch", "delete"]) {
       if (item[method]) byId("routes").append(route(method, path, item[method]));
@@ -68,7 +78,7 @@ async function describe() {
   }
   for (const [name, schema] of Object.entries(api.components.schemas)) {
     byId("schemas").append(element("details", { class: "schema" }, element("summary", {}, element("code", {}, name)),
-      element("p", {}, schema.description ?? ""), table(schema)));
+      element("p", {}, ...rich(schema.description)), table(schema)));
   }
   const properties = api.components.schemas.ImageRequest.properties;
   const form = document.forms[0];
@@ -124,8 +134,7 @@ async function draw(event) {
     if (key) headers.authorization = "Bearer " + key;
     const answer = await fetch("v1/images/generations", { method: "POST", headers, body: body(), signal: mine.signal });
     const text = await answer.text();
-    // Seeds beyond 53 bits are read as texts.
-    const data = JSON.parse(text.replace(/"seed":(\d+)/g, '"seed":"$1"'));
+    const data = parse(text);
     if (!answer.ok) throw new Error(data.detail);
     byId("pictures").replaceChildren(...data.data.map((picture) => element("figure", {},
       element("img", { src: "data:image/png;base64," + picture.b64_json, alt: picture.revised_prompt }),

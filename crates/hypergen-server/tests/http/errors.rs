@@ -40,7 +40,7 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         (
             "size",
             json!("0x64"),
-            "Invalid size: 0x64. Width and height must be divisible by 8, for example 8x64",
+            "Invalid size: 0x64. Width and height must be at least 8, and divisible by 8",
         ),
         ("size", json!("8192x8"), "Invalid size: 8192x8. Width and height must be at most 4096"),
         ("size", json!(512), "size must be a string, but is 512"),
@@ -55,7 +55,14 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         ("negative_prompt", json!({}), "negative_prompt must be a string, but is an object"),
         ("num_inference_steps", json!(0), "num_inference_steps must be between 1 and 150, but is 0"),
         ("num_inference_steps", json!(151), "num_inference_steps must be between 1 and 150, but is 151"),
-        ("guidance_scale", json!(0.5), "guidance_scale must be between 1 and 20, but is 0.5"),
+        (
+            "guidance_scale",
+            json!(0.5),
+            "guidance_scale must be between 1 and 20, but is 0.5; this model was recognised as Fake Diffusion. A \
+             distilled one (Turbo, Lightning, LCM), which draws without guidance, is recognised by its file's name \
+             (xl_turbo, xl_lightning, sd_turbo), by its scheduler_config.json, or by --family (HYPERGEN_FAMILY), such \
+             as --family sdxl-turbo",
+        ),
         ("guidance_scale", json!(20.5), "guidance_scale must be between 1 and 20, but is 20.5"),
         (
             "guidance_scale",
@@ -82,6 +89,19 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         ("loras", json!([{"path": 1}]), "loras: path must be a string, but is 1"),
         ("loras", json!([{"path": "x", "scale": 3}]), "loras: scale must be between 0 and 2, but is 3"),
         ("model", json!(1), "model must be a string, but is 1"),
+        (
+            "stream",
+            json!(true),
+            "stream is true, but this server does not stream yet: leave it out or send false, and the answer comes \
+             when all is drawn",
+        ),
+        ("stream", json!("true"), "stream must be true or false, but is the string \"true\""),
+        ("partial_images", json!(4), "partial_images must be between 0 and 3, but is 4"),
+        (
+            "size",
+            json!("0x512"),
+            "Invalid size: 0x512. Width and height must be at least 8, and divisible by 8",
+        ),
     ] {
         let answer = app.post(with(field, value.clone())).await;
         let (found, kind, param, _) = answer.error(400);
@@ -104,6 +124,11 @@ async fn seeds_beyond_64_bits_are_refused_not_rounded() {
         "18446744073709551616",
         "1e20",
         "12345678901234567890.0",
+        "9007199254740993.0",
+        "9007199254740993e0",
+        "0.99999999999999999999999",
+        "1e-400",
+        "1e99999999999999999999",
         "99999999999999999999999999999999999999999",
     ] {
         let (message, _, param, _) =
@@ -122,7 +147,8 @@ async fn bodies_that_are_no_json_objects() {
         (b"{\"prompt\": \"x\",}", "not valid JSON"),
         (b"{'prompt': 'x'}", "not valid JSON"),
         (b"{\"prompt\": NaN}", "not valid JSON"),
-        (b"\xef\xbb\xbf{\"prompt\": \"x\"}", "not valid JSON"),
+        (b"\x1f\x8b\x08\x00\x00", "compressed"),
+        (b"\xff\xfe{\x00}\x00", "not valid UTF-8"),
         (b"{\"prompt\": \"\xff\"}", "not valid UTF-8"),
         (b"{\"prompt\": \"\\ud800\"}", "surrogate"),
         (b"{\"prompt\": \"a\nb\"}", "not valid JSON"),
@@ -140,6 +166,7 @@ async fn bodies_that_are_no_json_objects() {
         "]".repeat(100_000)
     );
     app.post_raw(deep).await.ok();
+    app.post_raw(&b"\xef\xbb\xbf{\"prompt\": \"x\", \"size\": \"8x8\"}"[..]).await.ok();
 }
 
 #[tokio::test]
@@ -163,6 +190,20 @@ async fn what_http_has_its_own_status_for() {
         assert!(message.contains(path) && message.contains(method.as_str()), "{message}");
         assert_eq!(answer.header("allow"), allow, "{method} {path}");
     }
+    for (coding, fine) in
+        [("gzip", false), ("Identity, br", false), ("deflate", false), ("identity", true), ("", true)]
+    {
+        let mut request = generation(r#"{"prompt": "x", "size": "8x8"}"#);
+        request.headers_mut().insert("content-encoding", coding.parse().expect("a header"));
+        let answer = app.send(request).await;
+        if fine {
+            answer.ok();
+            continue;
+        }
+        let (message, ..) = answer.error(415);
+        assert!(message.contains("without compression"), "{message}");
+        assert_eq!(answer.header("accept-encoding"), "identity", "RFC 9110, section 12.5.3");
+    }
     for content_type in
         [None, Some("text/plain"), Some("application/x-www-form-urlencoded"), Some("multipart/form-data")]
     {
@@ -174,6 +215,84 @@ async fn what_http_has_its_own_status_for() {
         let (message, ..) = answer.error(415);
         assert!(message.contains("application/json"), "{message}");
     }
+}
+
+/// A base URL that is a little wrong: the answer names the right path, and
+/// there is no method for what is not there.
+#[tokio::test]
+async fn paths_that_are_a_little_wrong_are_put_right() {
+    let app = TestApp::new(&[]);
+    for path in [
+        "/images/generations",
+        "/images/generations/",
+        "/v1/v1/images/generations",
+        "/v1/images/generations/",
+        "//v1/images/generations",
+        "/api/v1/images/generations",
+    ] {
+        for method in [Method::POST, Method::GET, Method::PUT] {
+            let request = Request::builder().method(method.clone()).uri(path).body(Body::empty());
+            let (message, ..) = app.send(request.expect("a request")).await.error(404);
+            assert!(
+                message.contains("it is /v1/images/generations;") && message.contains("/v1"),
+                "{method}: {message}"
+            );
+        }
+    }
+    for (path, right) in [("/models", "/v1/models"), ("/v1/models/", "/v1/models"), ("/v1/health", "/health")]
+    {
+        let (message, ..) = app.get(path).await.error(404);
+        assert!(message.contains(&format!("it is {right}")), "{message}");
+    }
+    for (method, path, status) in [
+        ("POST", format!("/images/img-{}.png", "0".repeat(40)), 404),
+        ("DELETE", "/images/x".to_owned(), 404),
+        ("DELETE", "/v1/models/gone".to_owned(), 404),
+        ("DELETE", "/v1/models/fake".to_owned(), 405),
+    ] {
+        let request = Request::builder().method(method).uri(&path).body(Body::empty()).expect("a request");
+        app.send(request).await.error(status);
+    }
+    let body = json!({"prompt": "x", "size": "8x8", "response_format": "url"});
+    let url = app.post(body).await.ok()["data"][0]["url"].as_str().expect("a link").to_owned();
+    let path = &url[url.find("/images/").expect("a path")..];
+    let request = Request::delete(path).body(Body::empty()).expect("a request");
+    let answer = app.send(request).await;
+    answer.error(405);
+    assert_eq!(answer.header("allow"), "GET,HEAD");
+}
+
+/// OpenAI's clients try failures again, twice, unless they are told not to.
+#[tokio::test]
+async fn failures_that_stay_are_not_to_be_tried_again() {
+    let app = TestApp::new(&[]);
+    let body = |prompt: &str| json!({"prompt": prompt, "size": "8x8", "num_inference_steps": 2});
+    for prompt in ["out of memory", "bad numbers", "never fits"] {
+        let answer = app.post(body(prompt)).await;
+        answer.error(500);
+        assert_eq!(answer.header("x-should-retry"), "false", "{prompt}");
+    }
+    let lora = json!({"prompt": "x", "size": "8x8", "lora_path": "/no/such.safetensors"});
+    let answer = app.post(lora).await;
+    answer.error(500);
+    assert_eq!(answer.header("x-should-retry"), "false");
+    let answer = app.post(body("panic")).await;
+    answer.error(500);
+    assert_eq!(answer.header("x-should-retry"), "");
+    app.app.drain();
+    let answer = app.post(body("fine")).await;
+    answer.error(503);
+    assert_eq!(answer.header("x-should-retry"), "", "another server may be there by then");
+}
+
+#[tokio::test]
+async fn a_check_that_panics_is_a_500_and_the_next_one_works() {
+    let app = TestApp::new(&[]);
+    let (message, kind, ..) = app.post(json!({"prompt": "panic in a check", "size": "8x8"})).await.error(500);
+    assert!(message.contains("log"), "{message}");
+    assert_eq!(kind, "internal_error");
+    app.post(json!({"prompt": "fine", "size": "8x8"})).await.ok();
+    assert_eq!(app.health().await["in_progress"], 0);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hypergen_diffusion::lora::Lora;
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{
-    Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
+    Check, Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
 };
 
 /// A test that waits longer has failed; on a busy machine it may take a while.
@@ -93,6 +93,31 @@ pub(crate) struct Fake {
     pub(crate) unable: Vec<SamplerKind>,
 }
 
+/// What it refuses.
+struct Rules {
+    unable: Vec<SamplerKind>,
+}
+
+impl Check for Rules {
+    fn check(&self, request: &Request) -> Result<(), Error> {
+        if request.sampler.is_some_and(|sampler| self.unable.contains(&sampler)) {
+            return Err(Error::new(ErrorKind::Request, "the schedule does not suit the sampler"));
+        }
+        if request.sizes.original_size.is_some() {
+            let error = Error::new(ErrorKind::Request, "original_size is for SDXL");
+            return Err(Error { param: Some("original_size"), ..error });
+        }
+        match request.prompt.as_str() {
+            "unfit" => {
+                Err(Error { param: Some("size"), ..Error::new(ErrorKind::Request, "size does not fit") })
+            }
+            "never fits" => Err(Error::new(ErrorKind::OutOfMemory, "out of memory, always")),
+            "panic in a check" => panic!("the fake was told to"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Fake {
     pub(crate) fn new() -> Self {
         let info = ModelInfo {
@@ -131,16 +156,8 @@ impl Generator for Fake {
         self.info.clone()
     }
 
-    fn check(&self, request: &Request) -> Result<(), Error> {
-        if request.sampler.is_some_and(|sampler| self.unable.contains(&sampler)) {
-            return Err(Error::new(ErrorKind::Request, "the schedule does not suit the sampler"));
-        }
-        match request.prompt.as_str() {
-            "unfit" => {
-                Err(Error { param: Some("size"), ..Error::new(ErrorKind::Request, "size does not fit") })
-            }
-            _ => Ok(()),
-        }
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(Rules { unable: self.unable.clone() })
     }
 
     fn check_loras(&self, loras: &[Lora]) -> Result<(), Error> {

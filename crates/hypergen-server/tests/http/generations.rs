@@ -176,7 +176,7 @@ async fn what_real_clients_send_besides_is_ignored() {
     let answer = app
         .post(json!({
             "prompt": "x", "size": "8x8", "model": 7u64.to_string(), "user": "me", "style": "vivid", "background": "auto",
-            "moderation": "low", "stream": null, "partial_images": 0, "extra": {"deep": [1, {"er": null}]},
+            "moderation": "low", "stream": false, "partial_images": 1, "extra": {"deep": [1, {"er": null}]},
             "negative_prompt": null, "n": null, "seed": null, "guidance_scale": null, "num_inference_steps": null,
             "sampler": null, "lora_path": null, "lora_scale": null, "output_format": null,
             "output_compression": null, "quality": null
@@ -282,4 +282,24 @@ async fn a_lora_that_is_switched_off_is_the_base_model() {
         body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
         assert_eq!(app.post(body).await.file(0), expected, "{extra}");
     }
+}
+
+/// Prompts that are too long are refused before anything is made of them.
+#[tokio::test]
+async fn long_prompts_are_refused_by_their_length() {
+    let app = TestApp::new(&[]);
+    let long = |text: &str| text.repeat(32_001);
+    for (extra, param) in [
+        (json!({"prompt": long("<"), "prompt_syntax": "a1111"}), "prompt"),
+        (json!({"prompt": long("é")}), "prompt"),
+        (json!({"prompt": "x", "negative_prompt": long("(")}), "negative_prompt"),
+        (json!({"prompt": "<".repeat(300_000), "prompt_syntax": "a1111"}), "prompt"),
+    ] {
+        let mut body = json!({"size": "8x8"});
+        body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+        let (message, kind, found, _) = app.post(body).await.error(400);
+        assert_eq!((kind.as_str(), found), ("invalid_request_error", json!(param)));
+        assert!(message.contains("at most 32000 characters"), "{message}");
+    }
+    app.post(json!({"prompt": "é".repeat(32_000), "size": "8x8"})).await.ok();
 }

@@ -128,6 +128,17 @@ async fn the_document_says_what_the_code_does() {
     ] {
         assert!(listed.contains(&path), "{path} is not in {listed:?}");
     }
+    let text = app.get("/openapi.json").await.text();
+    let place = |path: &str| text.find(&format!("\"{path}\":")).expect(path);
+    assert!(place("/v1/images/generations") < place("/docs"), "what people come for is first");
+    assert!(place("prompt") < place("clip_skip"), "and what they need");
+    let operations = document["paths"].as_object().expect("paths").values();
+    let operations = operations.flat_map(|item| item.as_object().expect("methods").values());
+    let mut ids: Vec<_> = operations.map(|o| o["operationId"].as_str().expect("an id")).collect();
+    let all = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), all, "each has its own id: {ids:?}");
     let mut targets = Vec::new();
     paths(&document, &mut targets);
     for target in targets {
@@ -135,6 +146,8 @@ async fn the_document_says_what_the_code_does() {
     }
     let request = &document["components"]["schemas"]["ImageRequest"];
     let property = |name: &str| &request["properties"][name];
+    let names = request["properties"].as_object().expect("properties");
+    assert!(names.contains_key("stream") && names.contains_key("partial_images"));
     assert_eq!(request["required"], json!(["prompt"]));
     assert_eq!(property("n")["maximum"], json!(IMAGES.max));
     assert_eq!(property("num_inference_steps")["maximum"], json!(STEPS.max));

@@ -130,6 +130,18 @@ async fn what_cannot_be_had_is_a_500_that_tells_nothing() {
 }
 
 #[tokio::test]
+async fn a_lora_of_the_servers_own_that_vanishes_tells_no_path() {
+    let folder = folder();
+    let ink = folder.path().join("ink.safetensors");
+    let app = TestApp::new(&["--lora", text(&ink)]);
+    fs::remove_file(&ink).expect("removed");
+    let answer = app.post(json!({"prompt": "x", "size": "8x8"})).await;
+    let (message, ..) = answer.error(500);
+    assert!(message.contains("the server's own LoRA") && !message.contains(text(folder.path())), "{message}");
+    assert_eq!(answer.header("x-should-retry"), "false");
+}
+
+#[tokio::test]
 async fn the_folder_is_listed() {
     let folder = folder();
     let app = TestApp::new(&["--lora-dir", text(folder.path())]);
@@ -199,7 +211,7 @@ async fn a_server_with_a_real_model_serves_on() {
         &file("nan.safetensors"),
         &[
             ("unet.conv_in.lora_A.weight", &[1, 4, 3, 3], f32::NAN),
-            ("unet.conv_in.lora_B.weight", &[8, 1, 1, 1], 1.0),
+            ("unet.conv_in.lora_B.weight", &[64, 1, 1, 1], 1.0),
         ],
     );
     write(&file("half.safetensors"), &[("unet.conv_in.lora_A.weight", &[1, 4, 3, 3], 0.5)]);
@@ -232,4 +244,31 @@ async fn a_server_with_a_real_model_serves_on() {
         assert_eq!((kind.as_str(), param), ("internal_error", json!("lora_path")));
     }
     assert!(draw(None).await.file(0) == before, "the picture is the one from before");
+}
+
+/// Every listed name can be asked for, as a parameter and in a prompt.
+#[tokio::test]
+async fn what_is_listed_can_be_used() {
+    let folder = folder();
+    for file in ["UPPER.SAFETENSORS", "a, b: c.safetensors", "dots.v1.5.safetensors", "日本 é.safetensors"]
+    {
+        fs::copy(folder.path().join("ink.safetensors"), folder.path().join(file)).expect("copied");
+    }
+    let app = TestApp::new(&["--lora-dir", text(folder.path())]);
+    let list = app.get("/v1/loras").await.ok();
+    let names: Vec<&str> =
+        list["data"].as_array().expect("a list").iter().map(|l| l["id"].as_str().expect("a name")).collect();
+    assert_eq!(names.len(), 7, "{names:?}");
+    for name in names {
+        let drawn = [((*name).to_owned(), 0.5)];
+        assert_eq!(drawn_with(&app, json!({"lora_path": name, "lora_scale": 0.5})).await, drawn);
+        let tag = json!({"prompt": format!("a <lora:{name}:0.5>"), "prompt_syntax": "a1111"});
+        assert_eq!(drawn_with(&app, tag).await, drawn);
+    }
+    for tag in ["<lora:ink:1:0.5>", "<lora:ink:strong>", "<lora:ink:nan>", "<lora::1>"] {
+        let body = json!({"prompt": tag, "prompt_syntax": "a1111", "size": "8x8"});
+        let (message, kind, param, _) = app.post(body).await.error(400);
+        assert_eq!((kind.as_str(), param), ("invalid_request_error", json!("prompt")));
+        assert!(message.contains("<lora:NAME:SCALE>"), "{message}");
+    }
 }

@@ -119,12 +119,34 @@ async fn a_disk_that_fails_is_a_500_and_the_server_goes_on() {
     let app = TestApp::new(&["--image-dir", images.to_str().expect("UTF-8")]);
     std::fs::remove_dir(&images).expect("removed");
     let body = |form: &str| json!({"prompt": "x", "size": "8x8", "response_format": form});
-    let (message, kind, ..) = app.post(body("url")).await.error(500);
+    let answer = app.post(body("url")).await;
+    assert_eq!(answer.header("x-should-retry"), "false", "each try would draw again");
+    let (message, kind, ..) = answer.error(500);
     assert!(message.contains("b64_json"), "{message}");
     assert_eq!(kind, "internal_error");
+    assert!(!message.contains(images.to_str().expect("UTF-8")), "no path of the server's: {message}");
     app.post(body("b64_json")).await.ok();
+    // Who did not ask for the link gets the picture without it.
+    let answer = app.post(json!({"prompt": "x", "size": "8x8"})).await;
+    let data = answer.ok()["data"][0].clone();
+    assert!(data["b64_json"].is_string() && data.get("url").is_none(), "{data}");
+    let warning = answer.header("x-hypergen-warning");
+    assert!(
+        warning.contains("there is no url") && warning.contains("the folder does not exist"),
+        "{warning}"
+    );
     std::fs::create_dir(&images).expect("made again");
     app.post(body("url")).await.ok();
+}
+
+#[tokio::test]
+#[cfg(target_os = "linux")]
+async fn a_folder_that_cannot_be_written_to_is_found_at_the_start() {
+    // Not even root may make a file there.
+    let config = hypergen_server::ServeConfig::parse_from(["--image-dir", "/proc/self", "--port", "0"]);
+    let error = hypergen_server::Server::bind(config.expect("arguments")).expect_err("refused").to_string();
+    assert!(error.contains("/proc/self") && error.contains("--image-dir"), "{error}");
+    assert_eq!(error.matches("/proc/self").count(), 1, "{error}");
 }
 
 #[tokio::test]

@@ -39,6 +39,38 @@ async fn a_full_queue_is_a_429_that_says_when_to_come_back() {
     assert_eq!(app.metric("hypergen_queue_wait_seconds_count").await, Some(4.0));
 }
 
+/// What can be known without the model's thread is said before the queue:
+/// here that thread never moves.
+#[tokio::test]
+async fn a_bad_parameter_does_not_wait_behind_ten_long_requests() {
+    let app = TestApp::new(&[]);
+    app.control.hold();
+    let waiting: Vec<_> = (0..10).map(|seed| app.spawn(body(seed, 150))).collect();
+    app.until_queue(9, 1).await;
+    for (bad, status) in [
+        (json!({"original_size": "1024x1024"}), 400),
+        (json!({"prompt": "unfit"}), 400),
+        (json!({"prompt": ""}), 400),
+        (json!({"size": "100x100"}), 400),
+        (json!({"n": 11}), 400),
+        (json!({"seed": -1}), 400),
+        (json!({"stream": true}), 400),
+        (json!({"sampler": "magic"}), 400),
+        (json!({"clip_skip": 99}), 400),
+        (json!({"prompt": "<lora:x:99>", "prompt_syntax": "a1111"}), 400),
+        (json!({"prompt": "never fits"}), 500),
+        (json!({"lora_path": "gone"}), 500),
+    ] {
+        let mut request = body(99, 1);
+        request.as_object_mut().expect("an object").extend(bad.as_object().expect("an object").clone());
+        app.post(request).await.error(status);
+    }
+    assert_eq!(app.health().await["queue_size"], 9, "none of them took a place");
+    drop(waiting);
+    app.control.release();
+    app.until_queue(0, 0).await;
+}
+
 #[tokio::test]
 async fn who_leaves_the_queue_costs_nothing() {
     let app = TestApp::new(&["--max-queue-size", "2"]);

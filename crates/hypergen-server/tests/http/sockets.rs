@@ -255,6 +255,39 @@ async fn nonsense_leaves_it_serving() {
     assert_eq!(server.health().await["status"], "ok");
 }
 
+/// What RFC 9112 asks of a server: one Host (3.2), and 501 for a coding that
+/// it does not know (6.1).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_that_http_forbids_are_refused() {
+    let server = Running::new(&[]);
+    let post = |headers: &str, body: &str| {
+        format!(
+            "POST /v1/images/generations HTTP/1.1\r\ncontent-type: application/json\r\n{headers}\r\n{body}"
+        )
+    };
+    let chunks = "1e\r\n{\"prompt\": \"x\", \"size\": \"8x8\"}\r\n0\r\n\r\n";
+    for (text, expected, word) in [
+        ("GET /health HTTP/1.1\r\n\r\n".to_owned(), 400, "no Host"),
+        ("GET /health HTTP/1.1\r\nhost: a\r\nhost: a\r\n\r\n".to_owned(), 400, "several Host"),
+        ("GET /health HTTP/1.1\r\nhost: a b\r\n\r\n".to_owned(), 400, "is no host"),
+        ("GET /health HTTP/1.1\r\nhost:\r\n\r\n".to_owned(), 200, "ok"),
+        ("GET /health HTTP/1.0\r\n\r\n".to_owned(), 200, "ok"),
+        (post("host: x\r\ntransfer-encoding: chunked\r\n", chunks), 200, "b64_json"),
+        (post("host: x\r\ntransfer-encoding: gzip, chunked\r\n", chunks), 501, "'gzip, chunked'"),
+        (post("transfer-encoding: chunked\r\n", chunks), 400, "no Host"),
+    ] {
+        let mut connection = server.connect().await;
+        let sent = text.clone();
+        let answer = tokio::task::spawn_blocking(move || {
+            connection.send(&sent);
+            connection.answer()
+        });
+        let (status, body) = answer.await.expect("no panic");
+        assert_eq!(status, expected, "{text:?}: {body}");
+        assert!(body.contains(word), "{text:?}: {body}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded_and_the_others_wait() {
     let server = Running::new(&["--max-connections", "2", "--read-timeout", "500ms"]);

@@ -2,12 +2,14 @@
 //! what is written, and how it stops.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser;
-use hypergen_diffusion::{Error, Observer, Picture, Stage};
+use clap::FromArgMatches;
+use hypergen_diffusion::{Check, Error, Observer, Picture, Stage};
 
 use super::*;
+use crate::arguments;
 use crate::cli::{Cli, Command};
 
 /// Draws pictures of one colour, which the seed chooses, and remembers what it was asked.
@@ -38,16 +40,25 @@ impl Fake {
     }
 }
 
-impl Generator for Fake {
-    fn info(&self) -> ModelInfo {
-        self.info.clone()
-    }
+/// What the fake refuses.
+struct Rules;
 
+impl Check for Rules {
     fn check(&self, request: &Request) -> Result<(), Error> {
         if request.prompt == "refuse" {
             return Err(Error::new(ErrorKind::Request, "this model does not draw that"));
         }
         Ok(())
+    }
+}
+
+impl Generator for Fake {
+    fn info(&self) -> ModelInfo {
+        self.info.clone()
+    }
+
+    fn checker(&self) -> Arc<dyn Check> {
+        Arc::new(Rules)
     }
 
     fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
@@ -71,7 +82,10 @@ impl Generator for Fake {
 }
 
 fn args(flags: &[&str]) -> GenerateArgs {
-    let cli = Cli::try_parse_from(["hypergen", "generate", "red apple"].iter().chain(flags)).expect("flags");
+    let arguments: Vec<_> =
+        ["hypergen", "generate", "red apple"].iter().chain(flags).map(Into::into).collect();
+    let matches = arguments::matches(&arguments::command(), &arguments).expect("flags");
+    let cli = Cli::from_arg_matches(&matches).expect("flags");
     let Command::Generate(args) = cli.command else { panic!("generate") };
     *args
 }
