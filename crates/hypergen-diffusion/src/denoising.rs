@@ -70,6 +70,11 @@ impl Drawing {
         self.trajectory.evaluations()
     }
 
+    /// Rows that it has in a pass: two with guidance, else one.
+    pub(crate) fn rows(&self) -> usize {
+        self.conditioning.rows()
+    }
+
     pub(crate) fn finished(&self) -> bool {
         self.done() == self.evaluations()
     }

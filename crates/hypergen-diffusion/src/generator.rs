@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::lora::Lora;
 use crate::request::{GUIDANCE_SCALE, ParameterError, Range, Request, Size};
+use crate::session::{Fixed, Session};
 
 /// A finished picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +79,7 @@ impl ModelInfo {
 pub enum Stage {
     /// Tokenizing and encoding the prompts.
     Text,
-    /// One denoising step, both halves of guidance included.
+    /// One evaluation of the network, both halves of guidance included.
     Step,
     /// Latents to pixels.
     Decode,
@@ -86,8 +87,8 @@ pub enum Stage {
 
 /// Watches a generation, and may stop it. All methods have harmless defaults.
 pub trait Observer {
-    /// A stage has ended. For [`Stage::Step`], `index` of `count` steps is
-    /// done; for the others both are 1.
+    /// A stage has ended. For [`Stage::Step`], `index` of `count` evaluations of the network
+    /// are done, and for [`Stage::Decode`] of the pictures; for the text both are 1.
     fn stage(&mut self, stage: Stage, index: usize, count: usize, elapsed: Duration) {
         let _ = (stage, index, count, elapsed);
     }
@@ -148,14 +149,25 @@ pub trait Generator: Send {
         }
     }
 
-    /// Draws all requests in shared forward passes; they must agree
-    /// ([`Request::agrees_with`]). The pictures come in the requests' order
-    /// and equal those of single runs bit for bit.
+    /// Draws what the session asks for, until it asks for nothing more. Requests share
+    /// forward passes as far as the session lets them, and each picture equals that of a
+    /// single run bit for bit. An error of one request is that request's alone.
+    ///
+    /// A panic may leave the generator half changed; the next call starts from its
+    /// session's requests alone.
+    fn draw(&mut self, session: &mut dyn Session);
+
+    /// Draws these requests, which can share a batch ([`Request::can_batch_with`]). The
+    /// pictures come in the requests' order.
     ///
     /// # Errors
-    /// One error for the whole batch; with [`ErrorKind::Cancelled`] when the
+    /// The first of any request; with [`ErrorKind::Cancelled`] when the
     /// observer wants none of the pictures any more.
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error>;
+    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
+        let mut session = Fixed::new(requests, observer)?;
+        self.draw(&mut session);
+        session.into_pictures()
+    }
 }
 
 /// Whose fault an [`Error`] is.

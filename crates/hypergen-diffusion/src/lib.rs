@@ -29,6 +29,7 @@ pub mod prompt;
 mod recognise;
 mod request;
 pub mod samplers;
+mod session;
 mod single_file;
 mod size_conditioning;
 pub mod tokenizer;
@@ -43,4 +44,5 @@ pub use request::{
     CLIP_SKIP, GUIDANCE_RESCALE, GUIDANCE_SCALE, IMAGES, LORA_SCALE, MAX_PROMPT, ParameterError, Range,
     Request, STEPS, Size,
 };
+pub use session::{Progress, RequestId, Session, one_at_a_time};
 pub use size_conditioning::{Corner, Extent, SizeConditioning};

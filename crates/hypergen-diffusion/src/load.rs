@@ -199,7 +199,7 @@ pub(crate) fn load_files(
         adapters,
         scheduler,
         native_only: embedded,
-        warm: None,
+        last_latent_shape: None,
     })
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use hypergen_tensor::{DType, Device, Tensor};
 
 use crate::conditioning::{Encoded, PromptReader, TextConditioner};
-use crate::denoising::{Drawing, Guidance, Noise, pass};
+use crate::denoising::{self, Drawing, Guidance, Noise};
 use crate::enlarge::enlarge;
 use crate::finite::finite;
 use crate::lora::{Adapters, Lora};
@@ -15,10 +15,11 @@ use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::{Decoder, VaeConfig};
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
+use crate::session::Fixed;
 use crate::samplers::{Sampler, SamplerError, Trajectory};
 use crate::{
     Check, Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture,
-    Request, STEPS, Size, SizeConditioning, Stage,
+    Progress, Request, RequestId, STEPS, Session, Size, SizeConditioning, Stage,
 };
 
 /// A loaded model.
@@ -34,8 +35,8 @@ pub struct Pipeline {
     pub(crate) scheduler: serde_json::Value,
     /// The model draws only at its native size; others are enlarged from it.
     pub(crate) native_only: bool,
-    /// Latents of the request that memory was last laid out for.
-    pub(crate) warm: Option<[usize; 4]>,
+    /// Latents of the pass that memory was last laid out for, `[rows, h, w, channels]`.
+    pub(crate) last_latent_shape: Option<[usize; 4]>,
 }
 
 /// What a loaded model can do: all that a request is checked against, and
@@ -85,42 +86,108 @@ impl Pipeline {
         requests: &[Request],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Latents>, Error> {
-        let Some(first) = requests.first() else { return Ok(vec![]) };
-        if let Some(other) = requests.iter().find(|r| !r.agrees_with(first)) {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                format!("{first:?} and {other:?} cannot share a batch"),
-            ));
-        }
+        let mut session = Fixed::new(requests, observer)?;
+        let mut all = vec![None; requests.len()];
+        self.denoise(&mut session, &mut |_, _, done| {
+            let index = done.id as usize;
+            all[index] = Some(done.into_latents());
+        });
+        session.end()?;
+        Ok(all.into_iter().flatten().collect())
+    }
+
+    /// Denoises what a session asks for, and hands over each request that reached its
+    /// end. Each turn of the loop is one forward pass over all that are being drawn.
+    fn denoise(
+        &mut self,
+        session: &mut dyn Session,
+        finish: &mut dyn FnMut(&Self, &mut dyn Session, Active),
+    ) {
         let rules = self.rules();
-        requests.iter().try_for_each(|r| rules.check(r))?;
-        let size = rules.drawn(first.size);
-        memory::check(size, self.vae.config(), self.dtype)?;
-        let shape = self.latent_shape(size);
-        let [height, width, channels] = shape;
-        let warm = [requests.len(), height, width, channels];
-        if self.warm.replace(warm) != Some(warm) {
-            // Buffers of other shapes are of no use to this request.
+        let mut active: Vec<Active> = vec![];
+        loop {
+            self.join(session, &rules, &mut active);
+            active.retain(|one| !session.cancelled(one.id));
+            if active.is_empty() {
+                return;
+            }
+            self.pass(session, &mut active);
+            for done in active.extract_if(.., |one| one.drawing.finished()) {
+                finish(self, session, done);
+            }
+        }
+    }
+
+    /// Begins what the session has and may be drawn beside the others.
+    fn join(&mut self, session: &mut dyn Session, rules: &Rules, active: &mut Vec<Active>) {
+        let started = Instant::now();
+        let mut joined = vec![];
+        while let Some((id, request)) = session.next() {
+            if session.cancelled(id) {
+                continue;
+            }
+            match self.begin(&request, rules, active.first()) {
+                Ok((shape, drawing)) => {
+                    joined.push(Progress { id, done: 1, count: 1 });
+                    active.push(Active { id, request, shape, drawing });
+                }
+                Err(error) => session.finish(id, Err(error)),
+            }
+        }
+        if !joined.is_empty() {
+            session.stage(Stage::Text, &joined, started.elapsed());
+        }
+    }
+
+    /// One forward pass; whoever fails in it is told and dropped.
+    fn pass(&mut self, session: &mut dyn Session, active: &mut Vec<Active>) {
+        let shape = active[0].shape;
+        let rows = active.iter().map(|one| one.drawing.rows()).sum();
+        let laid_out = Some([rows, shape[0], shape[1], shape[2]]);
+        if std::mem::replace(&mut self.last_latent_shape, laid_out) != laid_out {
+            // Buffers of other shapes are of no use to this pass.
             self.device.release_unused();
         }
-        stop_if_unwanted(observer, requests.len())?;
-        self.adapters.activate(&first.loras, &self.device)?;
-        self.text.set_weights(self.adapters.text(), self.adapters.embeddings());
         let started = Instant::now();
-        let begun = requests.iter().map(|r| self.begin(r, &rules)).collect::<Result<Vec<_>, _>>();
-        let mut drawings = begun.map_err(|e| with_loras(e, first))?;
-        observer.stage(Stage::Text, 1, 1, started.elapsed());
-        let calls = drawings.iter().map(Drawing::evaluations).max().unwrap_or(0);
-        for call in 1..=calls {
-            stop_if_unwanted(observer, requests.len())?;
-            let started = Instant::now();
-            let mut active: Vec<_> = drawings.iter_mut().filter(|d| !d.finished()).collect();
-            let outcomes = pass(&self.unet, &self.device, self.dtype, shape, &mut active);
-            outcomes.into_iter().collect::<Result<(), _>>().map_err(|e| with_loras(e, first))?;
-            observer.stage(Stage::Step, call, calls, started.elapsed());
+        let mut drawings: Vec<_> = active.iter_mut().map(|one| &mut one.drawing).collect();
+        let outcomes = denoising::pass(&self.unet, &self.device, self.dtype, shape, &mut drawings);
+        let progress: Vec<_> = active.iter().map(Active::progress).collect();
+        session.stage(Stage::Step, &progress, started.elapsed());
+        let mut outcomes = outcomes.into_iter();
+        active.retain(|one| match outcomes.next() {
+            Some(Err(error)) => {
+                session.finish(one.id, Err(with_loras(error, &one.request)));
+                false
+            }
+            _ => true,
+        });
+    }
+
+    /// Encodes what a request says, and draws its first noise. `beside` is one of those
+    /// that are being drawn.
+    fn begin(
+        &mut self,
+        request: &Request,
+        rules: &Rules,
+        beside: Option<&Active>,
+    ) -> Result<([usize; 3], Drawing), Error> {
+        rules.check(request)?;
+        let size = rules.drawn(request.size);
+        memory::check(size, self.vae.config(), self.dtype)?;
+        match beside {
+            Some(beside) if !request.can_batch_with(&beside.request) => {
+                let message = format!("{request:?} and {:?} cannot share a batch", beside.request);
+                return Err(Error::new(ErrorKind::Internal, message));
+            }
+            Some(_) => {}
+            None => {
+                self.adapters.activate(&request.loras, &self.device)?;
+                self.text.set_weights(self.adapters.text(), self.adapters.embeddings());
+            }
         }
-        let latents = drawings.into_iter().map(Drawing::into_latents);
-        Ok(latents.map(|values| Latents { height, width, values }).collect())
+        let shape = self.latent_shape(size);
+        let drawing = self.drawing(request, rules, shape).map_err(|e| with_loras(e, request))?;
+        Ok((shape, drawing))
     }
 
     /// Latents of a size: `[height, width, channels]`.
@@ -129,17 +196,14 @@ impl Pipeline {
         [size.height / config.factor(), size.width / config.factor(), config.latent_channels]
     }
 
-    /// Encodes what a request says, and draws its first noise.
-    fn begin(&mut self, request: &Request, rules: &Rules) -> Result<Drawing, Error> {
+    fn drawing(&mut self, request: &Request, rules: &Rules, shape: [usize; 3]) -> Result<Drawing, Error> {
         let sampler = Arc::new(rules.sampler(request)?);
-        let size = rules.drawn(request.size);
         let guided = request.guidance_scale > 1.0 && self.unet.config().time_cond_proj_dim.is_none();
-        let conditioning = self.condition(request, guided, size)?;
+        let conditioning = self.condition(request, guided, rules.drawn(request.size))?;
         let guidance = guided.then_some(Guidance {
             scale: request.guidance_scale as f32,
             rescale: request.guidance_rescale as f32,
         });
-        let shape = self.latent_shape(size);
         let mut noise = Noise::new(request.seed, shape[2]);
         let mut x = vec![0.0; shape.iter().product()];
         noise.fill(&mut x);
@@ -177,6 +241,15 @@ impl Pipeline {
         finite(&pixels, "vae")?;
         let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(pixels.into_iter().map(byte).collect())
+    }
+
+    fn picture(&self, done: Active) -> Result<Picture, Error> {
+        let request = done.request.clone();
+        let latents = done.into_latents();
+        let factor = self.vae.config().factor();
+        let drawn = Size { width: latents.width * factor, height: latents.height * factor };
+        let rgb = enlarge(self.decode(&latents)?, drawn, request.size)?;
+        Ok(Picture { size: request.size, rgb, warnings: self.warnings(&request)? })
     }
 
     fn warnings(&self, request: &Request) -> Result<Vec<String>, Error> {
@@ -282,18 +355,37 @@ impl Generator for Pipeline {
         self.adapters.check(loras, &self.device)
     }
 
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        let latents = self.latents(requests, observer)?;
-        let rules = self.rules();
-        let mut pictures = vec![];
-        for (i, (request, latents)) in requests.iter().zip(&latents).enumerate() {
-            stop_if_unwanted(observer, requests.len())?;
+    fn draw(&mut self, session: &mut dyn Session) {
+        self.denoise(session, &mut |model, session, done| {
+            if session.cancelled(done.id) {
+                return;
+            }
             let started = Instant::now();
-            let rgb = enlarge(self.decode(latents)?, rules.drawn(request.size), request.size)?;
-            pictures.push(Picture { size: request.size, rgb, warnings: self.warnings(request)? });
-            observer.stage(Stage::Decode, i + 1, requests.len(), started.elapsed());
-        }
-        Ok(pictures)
+            let id = done.id;
+            let outcome = model.picture(done);
+            session.stage(Stage::Decode, &[Progress { id, done: 1, count: 1 }], started.elapsed());
+            session.finish(id, outcome);
+        });
+    }
+}
+
+/// A request that is being drawn.
+struct Active {
+    id: RequestId,
+    request: Request,
+    /// Of its latents: `[height, width, channels]`.
+    shape: [usize; 3],
+    drawing: Drawing,
+}
+
+impl Active {
+    fn progress(&self) -> Progress {
+        Progress { id: self.id, done: self.drawing.done(), count: self.drawing.evaluations() }
+    }
+
+    fn into_latents(self) -> Latents {
+        let [height, width, _] = self.shape;
+        Latents { height, width, values: self.drawing.into_latents() }
     }
 }
 
@@ -311,13 +403,4 @@ fn with_loras(error: Error, request: &Request) -> Error {
         used.join(" and ")
     );
     Error { message, ..error }
-}
-
-fn stop_if_unwanted(observer: &mut dyn Observer, requests: usize) -> Result<(), Error> {
-    // Asks for every request, so that an observer may count on being asked.
-    let unwanted = (0..requests).filter(|&i| observer.cancelled(i)).count();
-    if unwanted == requests {
-        return Err(Error::new(ErrorKind::Cancelled, "the generation was cancelled"));
-    }
-    Ok(())
 }

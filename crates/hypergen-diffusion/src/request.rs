@@ -228,26 +228,11 @@ impl Request {
         }
     }
 
-    /// Whether both can share forward passes.
-    pub fn agrees_with(&self, other: &Request) -> bool {
-        self.size == other.size
-            && self.steps == other.steps
-            && self.guidance_scale == other.guidance_scale
-            && self.guidance_rescale == other.guidance_rescale
-            && self.sampler == other.sampler
-            && self.loras == other.loras
-            && self.as_long_as(other)
-    }
-
-    /// Whether the text encoders give equally many tokens for both. In plain
-    /// syntax all prompts have the same number; in the other it takes the
-    /// tokenizer to tell, so only equal prompts are known to.
-    fn as_long_as(&self, other: &Request) -> bool {
-        let plain = |r: &Request| r.prompt_syntax == PromptSyntax::Plain;
-        plain(self) && plain(other)
-            || self.prompt_syntax == other.prompt_syntax
-                && self.prompt == other.prompt
-                && self.negative_prompt == other.negative_prompt
+    /// Whether both can share forward passes: latents of one size through one set of
+    /// weights. All else may differ: each request has its own steps, sampler, guidance and
+    /// tokens, and is as far as it is.
+    pub fn can_batch_with(&self, other: &Request) -> bool {
+        self.size == other.size && self.loras == other.loras
     }
 
     /// Checks the lengths of both prompts.

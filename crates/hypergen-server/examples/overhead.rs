@@ -12,7 +12,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hypergen_diffusion::{Check, Error, Generator, ModelInfo, Observer, Picture, Request, Size, Stage};
+use hypergen_diffusion::{
+    Check, Error, Generator, ModelInfo, Picture, Request, Session, Size, Stage, one_at_a_time,
+};
 use hypergen_server::{ServeConfig, Server};
 use serde_json::{Value, json};
 
@@ -78,12 +80,14 @@ impl Generator for Instantly {
         Arc::new(Anything)
     }
 
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        for step in 1..=50 {
-            observer.cancelled(0);
-            observer.stage(Stage::Step, step, 50, Duration::ZERO);
-        }
-        Ok(vec![self.0.clone(); requests.len()])
+    fn draw(&mut self, session: &mut dyn Session) {
+        one_at_a_time(session, |_, observer| {
+            for step in 1..=50 {
+                observer.cancelled(0);
+                observer.stage(Stage::Step, step, 50, Duration::ZERO);
+            }
+            Ok(self.0.clone())
+        });
     }
 }
 

@@ -6,18 +6,21 @@
 //! A dropped ticket is how a client leaves: its request is out of the queue
 //! at once, and what is being drawn for it stops at the next step.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hypergen_diffusion::{Error, ErrorKind, Generator, Observer, Picture, Request, Stage};
+use hypergen_diffusion::{
+    Error, ErrorKind, Generator, Picture, Progress, Request, RequestId, Session, Stage,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::metrics::{LeftWhile, Metrics};
 use crate::pace::{Pace, work};
-use crate::queue::{Event, Failure, Job, Queue, Rider};
+use crate::queue::{BatchItem, Event, Failure, Job, Queue};
 
 /// Why a request was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +67,13 @@ struct Shared {
 struct State {
     queue: Queue,
     pace: Pace,
-    batch: Batch,
+    now: Running,
     draining: bool,
 }
 
 /// How far the model is with what it draws.
 #[derive(Default)]
-struct Batch {
+struct Running {
     started: Option<Instant>,
     work_left: f64,
 }
@@ -96,7 +99,7 @@ impl Engine {
             max_batch: max_batch.max(1),
             metrics,
         });
-        let runner = Runner { shared: Arc::clone(&shared), generator };
+        let runner = Runner { shared: Arc::clone(&shared), generator, apart: VecDeque::new() };
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || runner.run())?;
         Ok(Self { shared })
     }
@@ -172,12 +175,12 @@ impl Shared {
 
 impl State {
     /// Time until all that is here now should be drawn: at least a second,
-    /// and before anything was measured what the first batch has taken so far.
+    /// and before anything was measured what the first pictures have taken so far.
     fn until_empty(&self) -> Duration {
         let waiting = self.queue.waiting().flat_map(|job| &job.requests);
         let left: f64 = waiting.chain(self.queue.untaken()).map(work).sum();
-        let running = self.batch.started.map(|started| started.elapsed()).unwrap_or_default();
-        let estimate = self.pace.estimate(left + self.batch.work_left).unwrap_or(running);
+        let running = self.now.started.map(|started| started.elapsed()).unwrap_or_default();
+        let estimate = self.pace.estimate(left + self.now.work_left).unwrap_or(running);
         estimate.max(Duration::from_secs(1))
     }
 }
@@ -231,112 +234,79 @@ impl Drop for Ticket {
 struct Runner {
     shared: Arc<Shared>,
     generator: Box<dyn Generator>,
+    /// Pictures that get another try, each by itself, before anything else: they were being
+    /// drawn when the model panicked, or did not fit into memory beside others.
+    apart: VecDeque<BatchItem>,
 }
 
 impl Runner {
     fn run(mut self) {
-        while let Some(riders) = self.next_batch() {
-            self.draw(riders);
-            let mut state = self.shared.lock();
-            state.batch = Batch::default();
-            self.shared.changed(&state);
+        while self.wait() {
+            self.draw();
         }
     }
 
-    /// Waits for work: `None` when there will be none any more.
-    fn next_batch(&self) -> Option<Vec<Rider>> {
-        let shared = &*self.shared;
-        let mut state = shared.lock();
+    /// Waits for work: false when there will be none any more.
+    fn wait(&self) -> bool {
+        let mut state = self.shared.lock();
         loop {
-            let riders =
-                state.queue.take(shared.max_batch, |job| shared.metrics.waited(job.queued.elapsed()));
-            shared.changed(&state);
-            if !riders.is_empty() {
-                let work_left = riders.iter().map(|rider| work(rider.request())).sum();
-                state.batch = Batch { started: Some(Instant::now()), work_left };
-                return Some(riders);
+            if !self.apart.is_empty() || state.queue.has_work() {
+                return true;
             }
             if state.draining {
-                return None;
+                return false;
             }
-            state = shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Draws a batch and tells everybody in it. Where a shared one fails, each
-    /// job is drawn by itself, so that nobody fails for another's request.
-    fn draw(&mut self, riders: Vec<Rider>) {
-        let riders = self.wanted(riders);
-        if riders.is_empty() {
-            return;
-        }
-        self.shared.metrics.batch(riders.len());
-        match self.generate(&riders) {
-            Ok(pictures) => {
-                for (rider, picture) in riders.iter().zip(pictures) {
-                    self.settle(&rider.job, |job| job.deliver(rider.index, picture));
-                }
-            }
-            Err(Failure::Generation(e)) if e.kind == ErrorKind::Cancelled => self.cancelled(&riders),
-            Err(failure) => {
-                let (first, rest): (Vec<_>, Vec<_>) =
-                    riders.iter().cloned().partition(|rider| rider.job.id == riders[0].job.id);
-                if rest.is_empty() {
-                    self.fail(&riders[0].job, failure);
-                } else {
-                    tracing::warn!(
-                        pictures = riders.len(),
-                        ?failure,
-                        "a shared batch failed: its requests are drawn apart"
-                    );
-                    self.draw(first);
-                    self.draw(rest);
-                }
-            }
-        }
-    }
-
-    /// Leaves out what nobody wants any more.
-    fn wanted(&self, riders: Vec<Rider>) -> Vec<Rider> {
-        let (wanted, unwanted): (Vec<_>, Vec<_>) = riders.into_iter().partition(|rider| rider.job.wanted());
-        unwanted.iter().for_each(|rider| self.end(&rider.job));
-        wanted
-    }
-
-    fn generate(&mut self, riders: &[Rider]) -> Result<Vec<Picture>, Failure> {
-        let requests: Vec<Request> = riders.iter().map(|rider| rider.request().clone()).collect();
-        let mut watch = Watch { shared: &self.shared, riders };
+    /// Draws until the queue has nothing that could join.
+    fn draw(&mut self) {
+        let alone = self.apart.pop_front();
+        let max = if alone.is_some() { 1 } else { self.shared.max_batch };
+        let joins = alone.is_none();
+        let mut drawing =
+            Drawing { shared: &self.shared, alone, joins, max, active: vec![], again: vec![], next_id: 0 };
         let generator = &mut self.generator;
         // A panic may leave the generator half changed; that its next call
-        // starts from its inputs alone is part of its contract.
-        match catch_unwind(AssertUnwindSafe(|| generator.generate(&requests, &mut watch))) {
-            Ok(Ok(pictures)) if pictures.len() == riders.len() => Ok(pictures),
-            Ok(Ok(pictures)) => {
-                let message = format!("{} pictures came for {} requests", pictures.len(), riders.len());
-                Err(Failure::Generation(Error::new(ErrorKind::Internal, message)))
-            }
-            Ok(Err(e)) => Err(Failure::Generation(e)),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().copied();
-                let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-                tracing::error!(
-                    panic = text.unwrap_or("(no text)"),
-                    "the generation panicked; the server goes on"
-                );
-                Err(Failure::Panicked)
-            }
+        // starts from its session alone is part of its contract.
+        let panicked = catch_unwind(AssertUnwindSafe(|| generator.draw(&mut drawing))).err();
+        let (left, again) = (drawing.active, drawing.again);
+        self.apart.extend(again);
+        match panicked {
+            Some(panic) => self.pick_up(left, panic.as_ref()),
+            None => left.iter().for_each(|forgotten| {
+                let message = "the model forgot a picture that it began";
+                let failure = Failure::Generation(Error::new(ErrorKind::Internal, message));
+                self.shared.fail(&forgotten.item.job, failure);
+            }),
         }
+        let mut state = self.shared.lock();
+        state.now = Running::default();
+        self.shared.changed(&state);
     }
 
-    /// The model stopped, as it was told to: because all have left, or
-    /// because the server goes down, which everybody was told already.
-    fn cancelled(&self, riders: &[Rider]) {
-        for rider in riders {
-            let message = "the generation stopped though nobody asked it to";
-            self.fail(&rider.job, Failure::Generation(Error::new(ErrorKind::Internal, message)));
+    /// Fails what panicked by itself. Where several requests were being drawn, each
+    /// gets another try alone, so that nobody fails for another's request.
+    fn pick_up(&mut self, left: Vec<Active>, panic: &(dyn std::any::Any + Send)) {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        tracing::error!(
+            panic = text.unwrap_or("(no text)"),
+            pictures = left.len(),
+            "the generation panicked; the server goes on"
+        );
+        let first = left.first().map(|item| item.item.job.id);
+        if left.iter().all(|item| Some(item.item.job.id) == first) {
+            left.iter().for_each(|item| self.shared.fail(&item.item.job, Failure::Panicked));
+        } else {
+            tracing::warn!("what was drawn together is drawn again, one by one");
+            self.apart.extend(left.into_iter().map(|item| item.item));
         }
     }
+}
 
+impl Shared {
     fn fail(&self, job: &Job, failure: Failure) {
         self.settle(job, |job| {
             job.fail(failure);
@@ -344,45 +314,128 @@ impl Runner {
         });
     }
 
-    fn end(&self, job: &Job) {
-        self.settle(job, |_| true);
-    }
-
     /// Tells a job something and, where that was the last word, takes it off
     /// the books. Both under the lock: whoever has an answer finds that
     /// `/health` knows of it.
     fn settle(&self, job: &Job, tell: impl FnOnce(&Job) -> bool) {
-        let mut state = self.shared.lock();
+        let mut state = self.lock();
         if tell(job) {
             state.queue.end(job);
-            self.shared.changed(&state);
+            self.changed(&state);
         }
     }
 }
 
-/// Looks on while the model draws.
-struct Watch<'a> {
+/// One run of the model, from the first picture that joins until none is left.
+struct Drawing<'a> {
     shared: &'a Shared,
-    riders: &'a [Rider],
+    /// The picture that is to be drawn by itself, until it begins.
+    alone: Option<BatchItem>,
+    /// Whether pictures of the queue may join.
+    joins: bool,
+    max: usize,
+    active: Vec<Active>,
+    /// What did not fit into memory beside the others. Until it had its turn alone,
+    /// nothing joins: the others must come to an end.
+    again: Vec<BatchItem>,
+    next_id: RequestId,
 }
 
-impl Observer for Watch<'_> {
-    fn stage(&mut self, stage: Stage, _index: usize, count: usize, elapsed: Duration) {
-        self.shared.metrics.stage(stage, elapsed);
-        let done = match stage {
-            Stage::Step => {
-                self.riders.iter().map(|rider| work(rider.request())).sum::<f64>() / count.max(1) as f64
-            }
-            Stage::Text | Stage::Decode => 0.0,
-        };
-        let mut state = self.shared.lock();
-        state.pace.record(done, elapsed);
-        state.batch.work_left = (state.batch.work_left - done).max(0.0);
+/// A picture that is being drawn.
+struct Active {
+    id: RequestId,
+    item: BatchItem,
+    work_left: f64,
+}
+
+impl Drawing<'_> {
+    /// The next picture, if one may join.
+    fn join(&mut self, state: &mut State) -> Option<BatchItem> {
+        if let Some(item) = self.alone.take() {
+            return Some(item);
+        }
+        if !self.joins || !self.again.is_empty() || self.active.len() >= self.max {
+            return None;
+        }
+        let beside = self.active.first().map(|one| one.item.request());
+        let metrics = &self.shared.metrics;
+        let item = state.queue.next(beside, |job| metrics.waited(job.queued.elapsed()));
+        // It passes over what nobody wants, which then is neither waiting nor begun.
+        self.shared.changed(state);
+        item
     }
 
-    fn cancelled(&mut self, index: usize) -> bool {
-        self.shared.stop.load(Ordering::Acquire)
-            || self.riders.get(index).is_none_or(|rider| !rider.job.wanted())
+    /// Takes a picture off the list of those that are being drawn.
+    fn remove(&mut self, id: RequestId) -> Option<BatchItem> {
+        let at = self.active.iter().position(|one| one.id == id)?;
+        let Active { item, work_left, .. } = self.active.remove(at);
+        let mut state = self.shared.lock();
+        state.now.work_left = (state.now.work_left - work_left).max(0.0);
+        Some(item)
+    }
+}
+
+impl Session for Drawing<'_> {
+    fn next(&mut self) -> Option<(RequestId, Request)> {
+        let shared = self.shared;
+        let mut state = shared.lock();
+        let item = self.join(&mut state)?;
+        let request = item.request().clone();
+        let work_left = work(&request);
+        state.now.started.get_or_insert_with(Instant::now);
+        state.now.work_left += work_left;
+        let id = self.next_id;
+        self.next_id += 1;
+        self.active.push(Active { id, item, work_left });
+        Some((id, request))
+    }
+
+    fn cancelled(&mut self, id: RequestId) -> bool {
+        let wanted = self.active.iter().any(|one| one.id == id && one.item.job.wanted());
+        if wanted && !self.shared.stop.load(Ordering::Acquire) {
+            return false;
+        }
+        if let Some(item) = self.remove(id) {
+            // Whoever is still there was told that the server goes down.
+            self.shared.settle(&item.job, |_| true);
+        }
+        true
+    }
+
+    fn stage(&mut self, stage: Stage, requests: &[Progress], elapsed: Duration) {
+        self.shared.metrics.stage(stage, elapsed);
+        let mut done = 0.0;
+        if stage == Stage::Step {
+            self.shared.metrics.batch(requests.len());
+            for progress in requests {
+                let Some(one) = self.active.iter_mut().find(|one| one.id == progress.id) else { continue };
+                let part = work(one.item.request()) / progress.count.max(1) as f64;
+                one.work_left = (one.work_left - part).max(0.0);
+                done += part;
+            }
+        }
+        let mut state = self.shared.lock();
+        state.pace.record(done, elapsed);
+        state.now.work_left = (state.now.work_left - done).max(0.0);
+    }
+
+    fn finish(&mut self, id: RequestId, outcome: Result<Picture, Error>) {
+        let beside_others = self.active.len() > 1;
+        let Some(item) = self.remove(id) else { return };
+        match outcome {
+            Ok(picture) => self.shared.settle(&item.job, |job| job.deliver(item.index, picture)),
+            Err(error) if error.kind == ErrorKind::OutOfMemory && beside_others => self.again.push(item),
+            Err(error) => {
+                let error = match error.kind {
+                    ErrorKind::Cancelled => {
+                        let message = "the generation stopped though nobody asked it to";
+                        Error::new(ErrorKind::Internal, message)
+                    }
+                    _ => error,
+                };
+                self.shared.fail(&item.job, Failure::Generation(error));
+            }
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! The queue: what waits, what is being drawn, and which pictures go next.
 //! Plain data without a lock, a thread or a clock; the engine adds those.
 //!
-//! First in, first out, strictly: a request never overtakes another, so a
-//! batch is filled only from the front, as far as the requests agree. (Looking
-//! further back for agreeing ones would fill batches better under mixed load,
-//! at the expense of whoever is passed by.)
+//! First in, first out, strictly: a request never overtakes another, so pictures join
+//! a batch only from the front, as long as they can share it. (Looking further
+//! back would fill batches better under mixed load, at the expense of whoever is
+//! passed by.)
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -89,12 +89,12 @@ impl Job {
 
 /// One picture of a job, on its way through the model.
 #[derive(Debug, Clone)]
-pub(crate) struct Rider {
+pub(crate) struct BatchItem {
     pub(crate) job: Arc<Job>,
     pub(crate) index: usize,
 }
 
-impl Rider {
+impl BatchItem {
     pub(crate) fn request(&self) -> &Request {
         &self.job.requests[self.index]
     }
@@ -130,13 +130,21 @@ impl Queue {
         self.current.as_ref().map_or(&[], |(job, next)| &job.requests[*next..])
     }
 
-    /// Takes up to `max` pictures off the front that agree and are still
-    /// wanted; `begin` sees each job whose first picture is taken.
-    pub(crate) fn take(&mut self, max: usize, mut begin: impl FnMut(&Job)) -> Vec<Rider> {
-        let mut riders: Vec<Rider> = Vec::new();
-        while riders.len() < max {
+    /// Whether [`Queue::next`] may find something.
+    pub(crate) fn has_work(&self) -> bool {
+        self.current.is_some() || !self.waiting.is_empty()
+    }
+
+    /// Takes the picture at the front that is still wanted, if it can be drawn `beside`
+    /// another; `begin` sees each job whose first picture is taken.
+    pub(crate) fn next(
+        &mut self,
+        beside: Option<&Request>,
+        mut begin: impl FnMut(&Job),
+    ) -> Option<BatchItem> {
+        loop {
             let Some((job, next)) = self.current.clone() else {
-                let Some(job) = self.waiting.pop_front() else { break };
+                let job = self.waiting.pop_front()?;
                 if job.wanted() {
                     self.current = Some((job, 0));
                 }
@@ -147,23 +155,21 @@ impl Queue {
                 self.current = None;
                 continue;
             }
-            let agrees = riders.first().is_none_or(|first| first.request().agrees_with(&job.requests[next]));
-            if !agrees {
+            if beside.is_some_and(|other| !other.can_batch_with(&job.requests[next])) {
                 // A job that has not begun goes back to its place at the front.
                 if next == 0 {
                     self.waiting.push_front(job);
                     self.current = None;
                 }
-                break;
+                return None;
             }
             if next == 0 {
                 begin(&job);
                 self.begun.push(Arc::clone(&job));
             }
             self.current = (next + 1 < job.requests.len()).then(|| (Arc::clone(&job), next + 1));
-            riders.push(Rider { job, index: next });
+            return Some(BatchItem { job, index: next });
         }
-        riders
     }
 
     /// Forgets a job that has ended.
@@ -194,24 +200,30 @@ mod tests {
 
     use super::*;
 
-    fn request(steps: usize) -> Request {
-        Request { size: Size { width: 64, height: 64 }, steps, ..Request::new("x") }
+    fn request(width: usize) -> Request {
+        Request { size: Size { width, height: 64 }, ..Request::new("x") }
     }
 
-    /// A queue with jobs of (pictures, steps), and what keeps them wanted.
+    /// A queue with jobs of (pictures, width), and what keeps them wanted.
     fn queue(jobs: &[(usize, usize)]) -> (Queue, Vec<UnboundedReceiver<Event>>) {
         let mut queue = Queue::default();
         let mut clients = Vec::new();
-        for (id, (pictures, steps)) in jobs.iter().enumerate() {
+        for (id, (pictures, width)) in jobs.iter().enumerate() {
             let (sender, receiver) = unbounded_channel();
             clients.push(receiver);
-            queue.push(Arc::new(Job::new(id as u64, vec![request(*steps); *pictures], sender)));
+            queue.push(Arc::new(Job::new(id as u64, vec![request(*width); *pictures], sender)));
         }
         (queue, clients)
     }
 
     fn take(queue: &mut Queue, max: usize) -> Vec<(u64, usize)> {
-        queue.take(max, |_| ()).iter().map(|rider| (rider.job.id, rider.index)).collect()
+        let mut items: Vec<BatchItem> = Vec::new();
+        while items.len() < max
+            && let Some(item) = queue.next(items.first().map(BatchItem::request), |_| ())
+        {
+            items.push(item);
+        }
+        items.iter().map(|item| (item.job.id, item.index)).collect()
     }
 
     #[test]
@@ -240,8 +252,7 @@ mod tests {
         assert_eq!(take(&mut queue, 1), [(0, 0)]);
         clients.drain(..2);
         let mut begun = Vec::new();
-        let riders = queue.take(1, |job| begun.push(job.id));
-        assert_eq!(riders.len(), 1);
+        assert!(queue.next(None, |job| begun.push(job.id)).is_some());
         assert_eq!(begun, [2]);
         assert_eq!(queue.begun().len(), 1, "the gone job has ended");
     }
@@ -249,13 +260,13 @@ mod tests {
     #[test]
     fn a_job_ends_once() {
         let (mut queue, mut clients) = queue(&[(1, 20)]);
-        let rider = queue.take(1, |_| ()).remove(0);
-        rider.job.fail(Failure::ShuttingDown);
-        rider.job.fail(Failure::Panicked);
+        let item = queue.next(None, |_| ()).expect("the picture");
+        item.job.fail(Failure::ShuttingDown);
+        item.job.fail(Failure::Panicked);
         assert!(matches!(clients[0].try_recv(), Ok(Event::Failed(Failure::ShuttingDown))));
         assert!(clients[0].try_recv().is_err());
-        assert!(!rider.job.wanted());
-        queue.end(&rider.job);
+        assert!(!item.job.wanted());
+        queue.end(&item.job);
         assert!(queue.begun().is_empty());
     }
 

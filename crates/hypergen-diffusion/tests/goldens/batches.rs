@@ -2,8 +2,15 @@
 //! whatever the sampler and the scheduler's file, a picture keeps every bit
 //! when others are drawn beside it.
 
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use hypergen_diffusion::prompt::PromptSyntax;
 use hypergen_diffusion::samplers::SamplerKind;
-use hypergen_diffusion::{DTypeChoice, Generator, Latents, Request, Silent, Size};
+use hypergen_diffusion::{
+    DTypeChoice, Error, Generator, Latents, Picture, Progress, Request, RequestId, Session, Silent, Size,
+    Stage,
+};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{Checkpoint, Layout, write_json};
@@ -77,5 +84,115 @@ fn thresholded_pictures_of_a_batch_are_those_of_single_requests() {
     let batch = model.pipeline.generate(&requests, &mut Silent).expect("a batch");
     for (request, picture) in requests.iter().zip(&batch) {
         assert_eq!(model.draw(request).1, picture.rgb, "{}", request.prompt);
+    }
+}
+
+/// Requests that come while others are being drawn.
+struct Arrivals {
+    /// Each with the pass before which it comes.
+    waiting: VecDeque<(usize, Request)>,
+    begun: RequestId,
+    /// Requests in each pass.
+    passes: Vec<Vec<RequestId>>,
+    /// Who leaves before this pass.
+    leaves: Option<(RequestId, usize)>,
+    pictures: Vec<(RequestId, Picture)>,
+}
+
+impl Arrivals {
+    fn new(arrivals: impl IntoIterator<Item = (usize, Request)>) -> Self {
+        let waiting = arrivals.into_iter().collect();
+        Self { waiting, begun: 0, passes: vec![], leaves: None, pictures: vec![] }
+    }
+
+    fn picture(&self, id: RequestId) -> Option<&Picture> {
+        self.pictures.iter().find(|(found, _)| *found == id).map(|(_, picture)| picture)
+    }
+}
+
+impl Session for Arrivals {
+    fn next(&mut self) -> Option<(RequestId, Request)> {
+        let (_, request) = self.waiting.pop_front_if(|(pass, _)| *pass <= self.passes.len())?;
+        self.begun += 1;
+        Some((self.begun - 1, request))
+    }
+
+    fn cancelled(&mut self, id: RequestId) -> bool {
+        self.leaves.is_some_and(|(who, pass)| who == id && self.passes.len() >= pass)
+    }
+
+    fn stage(&mut self, stage: Stage, requests: &[Progress], _: Duration) {
+        if stage == Stage::Step {
+            self.passes.push(requests.iter().map(|progress| progress.id).collect());
+        }
+    }
+
+    fn finish(&mut self, id: RequestId, outcome: Result<Picture, Error>) {
+        self.pictures.push((id, outcome.expect("a picture")));
+    }
+}
+
+/// Three requests with nothing in common but their size.
+fn strangers(sampler: SamplerKind) -> [Request; 3] {
+    let [first, second] = pair(sampler);
+    let long = "a (red:1.3) fox, ".repeat(30);
+    [
+        Request { steps: 4, ..first.clone() },
+        Request {
+            prompt: long,
+            prompt_syntax: PromptSyntax::A1111,
+            guidance_scale: 1.0,
+            sampler: "euler_a".parse().ok(),
+            steps: 2,
+            ..second
+        },
+        Request { seed: 21, guidance_scale: 7.5, guidance_rescale: 0.7, ..first },
+    ]
+}
+
+/// The promise of `--max-batch-size`, through the product's own pipeline: whoever joins
+/// whenever, whoever leaves, each picture is that of a single run, bit for bit.
+#[test]
+fn requests_that_join_and_leave_draw_the_pictures_of_single_runs() {
+    let thresholds =
+        json!({ "thresholding": true, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 100.0 });
+    let mut wrong = vec![];
+    for fields in [json!({}), thresholds] {
+        let mut model = with_scheduler(&fields);
+        for &kind in SamplerKind::ALL {
+            let requests = strangers(kind);
+            let mut arrivals = Arrivals::new((0..).zip(requests.clone()));
+            model.pipeline.draw(&mut arrivals);
+            assert_eq!(arrivals.passes[0], [0], "{kind}");
+            assert!(arrivals.passes.iter().any(|pass| pass == &[0, 1, 2]), "{kind}: {:?}", arrivals.passes);
+            for (id, request) in (0..).zip(&requests) {
+                let alone = model.draw(request).1;
+                if arrivals.picture(id).expect("a picture").rgb != alone {
+                    wrong.push(format!("{kind}, request {id}, {fields}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "company changes\n{}", wrong.join("\n"));
+}
+
+/// The same for a model that is told sizes and pooled text, and when one leaves half-way.
+#[test]
+fn who_leaves_changes_nobody_elses_picture() {
+    for checkpoint in ["sd1", "sdxl"] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Checkpoint::named(checkpoint).write(folder.path(), &Layout::plain());
+        let path = folder.path().to_owned();
+        let mut model = Loaded::new(&path, folder, DTypeChoice::Bfloat16, 2);
+        let requests = strangers("dpmpp_2m".parse().expect("a sampler"));
+        let mut arrivals = Arrivals::new(requests.iter().cloned().map(|request| (0, request)));
+        arrivals.leaves = Some((0, 2));
+        model.pipeline.draw(&mut arrivals);
+        assert_eq!(arrivals.passes, [vec![0, 1, 2], vec![0, 1, 2], vec![2]], "{checkpoint}");
+        assert_eq!(arrivals.picture(0), None);
+        for id in [1, 2] {
+            let alone = model.draw(&requests[id as usize]).1;
+            assert!(arrivals.picture(id).expect("a picture").rgb == alone, "{checkpoint}, request {id}");
+        }
     }
 }

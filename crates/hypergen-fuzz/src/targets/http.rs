@@ -6,7 +6,9 @@ use std::sync::{Arc, LazyLock};
 use axum::body::Body;
 use axum::http::{Method, Request as HttpRequest, StatusCode};
 use http_body_util::BodyExt;
-use hypergen_diffusion::{Check, Error, ErrorKind, Generator, ModelInfo, Observer, Picture, Request};
+use hypergen_diffusion::{
+    Check, Error, ErrorKind, Generator, ModelInfo, Picture, Request, Session, one_at_a_time,
+};
 use hypergen_server::{App, ServeConfig};
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -27,16 +29,11 @@ impl Generator for Grey {
         Arc::new(Self)
     }
 
-    fn generate(
-        &mut self,
-        requests: &[Request],
-        _observer: &mut dyn Observer,
-    ) -> Result<Vec<Picture>, Error> {
-        let draw = |request: &Request| {
+    fn draw(&mut self, session: &mut dyn Session) {
+        one_at_a_time(session, |request, _| {
             let rgb = vec![128; 3 * request.size.width * request.size.height];
-            Picture { size: request.size, rgb, warnings: vec![] }
-        };
-        Ok(requests.iter().map(draw).collect())
+            Ok(Picture { size: request.size, rgb, warnings: vec![] })
+        });
     }
 }
 

@@ -9,11 +9,12 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A model that draws a batch whenever it is let, and notes what it drew. Its
-/// requests' seeds are their numbers; a `guidance_scale` says what becomes of them.
+/// A model whose pictures take `seed % 3 + 1` steps, each when it is let, and that notes the
+/// order in which they began. Its requests' seeds are their numbers; a `guidance_scale`
+/// says what becomes of them.
 struct Gate {
     open: Receiver<()>,
-    drawn: Arc<StdMutex<Vec<u64>>>,
+    begun: Arc<StdMutex<Vec<u64>>>,
 }
 
 const FINE: f64 = 2.0;
@@ -47,21 +48,46 @@ impl Generator for Gate {
         unreachable!("the engine checks nothing")
     }
 
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        // A gate that is gone lets everybody through.
-        let _ = self.open.recv();
-        if (0..requests.len()).all(|i| observer.cancelled(i)) {
-            return Err(Error::new(ErrorKind::Cancelled, "nobody wants it"));
+    fn draw(&mut self, session: &mut dyn Session) {
+        let mut active: Vec<(RequestId, Request, u64)> = vec![];
+        loop {
+            while let Some((id, request)) = session.next() {
+                let mut begun = self.begun.lock().expect("no panic within");
+                // After a panic some begin once more.
+                if begun.last().is_none_or(|&last| last < request.seed) {
+                    begun.push(request.seed);
+                } else {
+                    assert!(begun.contains(&request.seed), "overtaken: {} after {begun:?}", request.seed);
+                }
+                let steps = request.seed % 3 + 1;
+                active.push((id, request, steps));
+            }
+            if active.is_empty() {
+                return;
+            }
+            // A gate that is gone lets everybody through.
+            let _ = self.open.recv();
+            active.retain(|(id, ..)| !session.cancelled(*id));
+            let panics = active.iter().any(|(_, request, _)| request.guidance_scale == PANICS);
+            assert!(!panics, "the gate was told to panic");
+            active.retain_mut(|(id, request, left)| {
+                *left -= 1;
+                if *left == 0 || request.guidance_scale == FAILS {
+                    session.finish(*id, Self::outcome(request));
+                    return false;
+                }
+                true
+            });
         }
-        let scale = requests[0].guidance_scale;
-        assert!(scale != PANICS, "the gate was told to panic");
-        if scale == FAILS {
+    }
+}
+
+impl Gate {
+    fn outcome(request: &Request) -> Result<Picture, Error> {
+        if request.guidance_scale == FAILS {
             return Err(Error::new(ErrorKind::Internal, "the gate was told to fail"));
         }
-        self.drawn.lock().expect("no panic within").extend(requests.iter().map(|r| r.seed));
-        let draw =
-            |r: &Request| Picture { size: r.size, rgb: r.seed.to_le_bytes().to_vec(), warnings: vec![] };
-        Ok(requests.iter().map(draw).collect())
+        Ok(Picture { size: request.size, rgb: request.seed.to_le_bytes().to_vec(), warnings: vec![] })
     }
 }
 
@@ -74,7 +100,7 @@ enum Step {
     Leave {
         which: usize,
     },
-    /// Lets one batch be drawn.
+    /// Lets one step be computed.
     Open,
     /// The server is told to stop.
     Drain,
@@ -100,8 +126,7 @@ struct Client {
 /// Starts an engine, lets it all happen, and checks everybody's answer.
 fn happen(steps: &[Step], capacity: usize, max_batch: usize) {
     let (gate, open): (Sender<()>, _) = channel();
-    let drawn = Arc::new(StdMutex::new(vec![]));
-    let generator = Gate { open, drawn: Arc::clone(&drawn) };
+    let generator = Gate { open, begun: Arc::default() };
     let metrics = Arc::new(Metrics::new(&info()));
     let engine = Engine::start(Box::new(generator), capacity, max_batch, metrics).expect("a thread");
     let (mut clients, mut next, mut draining) = (vec![], 0, false);
@@ -149,8 +174,6 @@ fn happen(steps: &[Step], capacity: usize, max_batch: usize) {
     });
     let now = engine.snapshot();
     assert_eq!((now.waiting, now.in_progress), (0, 0));
-    let drawn = drawn.lock().expect("no panic within");
-    assert!(drawn.is_sorted_by(|a, b| a < b), "out of order, or twice: {drawn:?}");
 }
 
 /// All pictures, each once and its own, or the failure that its request asked for.
@@ -167,6 +190,8 @@ async fn answered(mut client: Client, draining: bool) {
             Err(found) => failure = Some(found),
         }
     }
+    // Pictures of one request may take differently long.
+    pictures.sort_unstable();
     let all: Vec<usize> = (0..client.seeds.len()).collect();
     match failure {
         None => assert!(pictures == all && client.scale == FINE, "{pictures:?} of {all:?}"),

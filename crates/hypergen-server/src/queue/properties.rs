@@ -12,7 +12,7 @@ use super::*;
 /// Something that happens.
 #[derive(Debug, Clone)]
 enum Step {
-    /// A job comes; jobs of one `kind` agree.
+    /// A job comes; jobs of one `kind` can share a batch.
     Push { pictures: usize, kind: usize },
     /// Up to `max` pictures are taken, and drawn.
     Draw { max: usize },
@@ -59,25 +59,25 @@ impl World {
     fn happen(&mut self, step: &Step) {
         match *step {
             Step::Push { pictures, kind } => {
-                let size = Size { width: 8, height: 8 };
-                let request = Request { size, steps: 20 + kind, ..Request::new("x") };
+                let size = Size { width: 8 + 8 * kind, height: 8 };
+                let request = Request { size, ..Request::new("x") };
                 let (sender, receiver) = unbounded_channel();
                 let job = Arc::new(Job::new(self.clients.len() as u64, vec![request; pictures], sender));
                 self.queue.push(Arc::clone(&job));
                 self.clients.push(Client { job, events: Some(receiver), removed: false });
             }
             Step::Draw { max } => {
-                for rider in self.take(max) {
-                    let picture = Picture { size: rider.request().size, rgb: vec![], warnings: vec![] };
-                    if rider.job.deliver(rider.index, picture) {
-                        self.queue.end(&rider.job);
+                for item in self.take(max) {
+                    let picture = Picture { size: item.request().size, rgb: vec![], warnings: vec![] };
+                    if item.job.deliver(item.index, picture) {
+                        self.queue.end(&item.job);
                     }
                 }
             }
             Step::Fail { max } => {
-                for rider in self.take(max) {
-                    rider.job.fail(Failure::Panicked);
-                    self.queue.end(&rider.job);
+                for item in self.take(max) {
+                    item.job.fail(Failure::Panicked);
+                    self.queue.end(&item.job);
                 }
             }
             Step::Leave { which } => {
@@ -104,36 +104,41 @@ impl World {
         self.check_books();
     }
 
-    fn take(&mut self, max: usize) -> Vec<Rider> {
+    fn take(&mut self, max: usize) -> Vec<BatchItem> {
         let mut begun = vec![];
-        let riders = self.queue.take(max, |job| begun.push(job.id));
-        assert!(riders.len() <= max);
-        if let Some(first) = riders.first() {
+        let mut items: Vec<BatchItem> = vec![];
+        while items.len() < max
+            && let Some(item) =
+                self.queue.next(items.first().map(BatchItem::request), |job| begun.push(job.id))
+        {
+            items.push(item);
+        }
+        if let Some(first) = items.first() {
             assert!(
-                riders.iter().all(|rider| rider.request().agrees_with(first.request())),
-                "a batch agrees"
+                items.iter().all(|item| item.request().can_batch_with(first.request())),
+                "a batch can be one"
             );
         }
-        assert!(riders.iter().all(|rider| rider.job.wanted()), "nobody is drawn for who has left");
-        let first = |rider: &&Rider| rider.index == 0;
-        let with_first: Vec<u64> = riders.iter().filter(first).map(|rider| rider.job.id).collect();
+        assert!(items.iter().all(|item| item.job.wanted()), "nobody is drawn for who has left");
+        let first = |item: &&BatchItem| item.index == 0;
+        let with_first: Vec<u64> = items.iter().filter(first).map(|item| item.job.id).collect();
         assert_eq!(begun, with_first, "a job begins with its first picture");
         self.begun.extend(begun);
-        self.taken.extend(riders.iter().map(|rider| (rider.job.id, rider.index)));
+        self.taken.extend(items.iter().map(|item| (item.job.id, item.index)));
         // Jobs have their numbers in the order of their coming: who came first is drawn first.
         assert!(self.taken.is_sorted_by(|a, b| a < b), "somebody was overtaken: {:?}", self.taken);
         assert!(self.begun.is_sorted_by(|a, b| a < b), "somebody began twice: {:?}", self.begun);
-        self.batch_is_full(&riders, max);
-        riders
+        self.batch_is_full(&items, max);
+        items
     }
 
-    /// A batch has room left only where nothing waits, or what is next does not agree.
-    fn batch_is_full(&self, riders: &[Rider], max: usize) {
+    /// A batch has room left only where nothing waits, or what is next cannot share it.
+    fn batch_is_full(&self, items: &[BatchItem], max: usize) {
         let next = self.queue.untaken().first();
         let next = next.or_else(|| self.queue.waiting().find(|job| job.wanted()).map(|job| &job.requests[0]));
-        match (riders.first(), next) {
-            (Some(first), Some(next)) if riders.len() < max => {
-                assert!(!first.request().agrees_with(next), "there was room for one more");
+        match (items.first(), next) {
+            (Some(first), Some(next)) if items.len() < max => {
+                assert!(!first.request().can_batch_with(next), "there was room for one more");
             }
             (None, Some(_)) => panic!("something waits, and nothing was taken"),
             _ => {}

@@ -114,7 +114,7 @@ async fn every_parameter_says_what_was_found_and_what_is_allowed() {
         "{message}"
     );
     assert_eq!(param, "sampler");
-    assert_eq!(app.control.state().calls.len(), 0, "nothing of this was drawn");
+    assert_eq!(app.control.state().batches.len(), 0, "nothing of this was drawn");
 }
 
 #[tokio::test]

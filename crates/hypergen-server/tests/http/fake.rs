@@ -8,7 +8,8 @@ use std::time::Duration;
 use hypergen_diffusion::lora::Lora;
 use hypergen_diffusion::samplers::SamplerKind;
 use hypergen_diffusion::{
-    Check, Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture, Request, Size, Stage,
+    Check, Error, ErrorKind, GUIDANCE_SCALE, Generator, ModelInfo, Picture, Progress, Request, RequestId,
+    Session, Size, Stage,
 };
 
 /// A test that waits longer has failed; on a busy machine it may take a while.
@@ -25,16 +26,18 @@ pub(crate) struct Control {
 pub(crate) struct State {
     held: bool,
     permits: usize,
-    /// Seeds of each call's requests.
-    pub(crate) calls: Vec<Vec<u64>>,
-    /// LoRAs of each call, by name and scale.
+    /// Seeds of the requests that shared a step, once for steps that the same ones shared.
+    pub(crate) batches: Vec<Vec<u64>>,
+    /// LoRAs of each request, by name and scale.
     pub(crate) loras: Vec<Vec<(String, f64)>>,
     /// Steps that were computed.
     pub(crate) steps: usize,
     /// A step waits for the test.
     pub(crate) waiting: bool,
-    /// Calls that ended because nobody wanted them any more.
+    /// Requests that were dropped because nobody wanted them any more.
     pub(crate) cancelled: usize,
+    /// Requests that the fake said nothing more of.
+    pub(crate) forgotten: usize,
 }
 
 impl Control {
@@ -69,8 +72,13 @@ impl Control {
         crate::support::until(what, || condition(&self.lock())).await;
     }
 
-    fn step(&self) {
+    /// A step that requests with these seeds share.
+    fn pass(&self, active: &[Active]) {
         let mut state = self.lock();
+        let seeds = active.iter().map(|one| one.request.seed).collect();
+        if state.batches.last() != Some(&seeds) || active.iter().any(|one| one.done == 0) {
+            state.batches.push(seeds);
+        }
         while state.held && state.permits == 0 {
             state.waiting = true;
             let (next, timeout) = self.wake.wait_timeout(state, PATIENCE).expect("not poisoned");
@@ -167,33 +175,69 @@ impl Generator for Fake {
         }
     }
 
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        self.control.lock().calls.push(requests.iter().map(|r| r.seed).collect());
-        let loras = requests.iter().flat_map(|r| &r.loras).map(|l| (l.name.clone(), l.scale)).collect();
-        self.control.lock().loras.push(loras);
-        let first = requests.first().ok_or_else(|| Error::new(ErrorKind::Internal, "no request"))?;
-        assert!(requests.iter().all(|r| r.agrees_with(first)), "a batch must agree");
-        assert!(first.guidance_scale >= self.info.min_guidance && first.guidance_scale <= GUIDANCE_SCALE.max);
-        observer.stage(Stage::Text, 1, 1, Duration::from_millis(1));
-        for step in 1..=first.steps {
-            if (0..requests.len()).all(|i| observer.cancelled(i)) {
-                self.control.lock().cancelled += 1;
-                return Err(Error::new(ErrorKind::Cancelled, "nobody wants it"));
+    fn draw(&mut self, session: &mut dyn Session) {
+        let mut active: Vec<Active> = Vec::new();
+        loop {
+            self.join(session, &mut active);
+            let before = active.len();
+            active.retain(|one| !session.cancelled(one.id));
+            self.control.lock().cancelled += before - active.len();
+            if active.is_empty() {
+                return;
             }
-            self.control.step();
-            observer.stage(Stage::Step, step, first.steps, Duration::from_millis(100));
-        }
-        for request in requests {
-            match request.prompt.as_str() {
-                "panic" => panic!("the fake was told to"),
-                "out of memory" => return Err(Error::new(ErrorKind::OutOfMemory, "CUDA out of memory")),
-                "bad numbers" => return Err(Error::new(ErrorKind::Internal, "the picture is not a number")),
-                "stop" => return Err(Error::new(ErrorKind::Cancelled, "for no reason")),
-                "too few" => return Ok(Vec::new()),
-                _ => {}
+            self.control.pass(&active);
+            active.iter_mut().for_each(|one| one.done += 1);
+            let progress: Vec<_> = active.iter().map(Active::progress).collect();
+            session.stage(Stage::Step, &progress, Duration::from_millis(100));
+            for one in active.extract_if(.., |one| one.done == one.request.steps) {
+                match outcome(&one.request) {
+                    Some(outcome) => {
+                        let decoded = Progress { id: one.id, done: 1, count: 1 };
+                        session.stage(Stage::Decode, &[decoded], Duration::from_millis(1));
+                        session.finish(one.id, outcome);
+                    }
+                    None => self.control.lock().forgotten += 1,
+                }
             }
         }
-        observer.stage(Stage::Decode, 1, 1, Duration::from_millis(1));
-        Ok(requests.iter().map(draw).collect())
+    }
+}
+
+impl Fake {
+    fn join(&self, session: &mut dyn Session, active: &mut Vec<Active>) {
+        while let Some((id, request)) = session.next() {
+            assert!(active.iter().all(|one| one.request.can_batch_with(&request)), "a batch can be one");
+            let scale = request.guidance_scale;
+            assert!(scale >= self.info.min_guidance && scale <= GUIDANCE_SCALE.max);
+            let loras = request.loras.iter().map(|l| (l.name.clone(), l.scale)).collect();
+            self.control.lock().loras.push(loras);
+            session.stage(Stage::Text, &[Progress { id, done: 1, count: 1 }], Duration::from_millis(1));
+            active.push(Active { id, request, done: 0 });
+        }
+    }
+}
+
+/// A request that is being drawn.
+struct Active {
+    id: RequestId,
+    request: Request,
+    done: usize,
+}
+
+impl Active {
+    fn progress(&self) -> Progress {
+        Progress { id: self.id, done: self.done, count: self.request.steps }
+    }
+}
+
+/// What comes of a request, by its prompt; nothing, where the fake is to forget it.
+fn outcome(request: &Request) -> Option<Result<Picture, Error>> {
+    match request.prompt.as_str() {
+        "panic" => panic!("the fake was told to"),
+        "out of memory" => Some(Err(Error::new(ErrorKind::OutOfMemory, "CUDA out of memory"))),
+        "bad numbers" => Some(Err(Error::new(ErrorKind::Internal, "the picture is not a number"))),
+        "stop" => Some(Err(Error::new(ErrorKind::Cancelled, "for no reason"))),
+        "too few" => None,
+        _ => Some(Ok(draw(request))),
     }
 }

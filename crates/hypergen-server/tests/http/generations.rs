@@ -75,7 +75,7 @@ async fn picture_i_is_the_single_one_of_seed_plus_i() {
         let (_, _, pixels, _) = decode_png(&one.file(0));
         assert_eq!(pixels, draw(&request("x", 64, 7 + i as u64)).rgb);
     }
-    assert_eq!(app.control.state().calls[..2], [vec![7, 8, 9], vec![10]]);
+    assert_eq!(app.control.state().batches[..2], [vec![7, 8, 9], vec![10]]);
 }
 
 #[tokio::test]
@@ -86,7 +86,7 @@ async fn seeds_keep_every_digit_and_wrap() {
     let answer = app.post_raw(body).await.ok();
     assert_eq!(answer["data"][0]["seed"], u64::MAX);
     assert_eq!(answer["data"][1]["seed"], 0);
-    assert_eq!(app.control.state().calls, [vec![u64::MAX], vec![0]]);
+    assert_eq!(app.control.state().batches, [vec![u64::MAX], vec![0]]);
 }
 
 #[tokio::test]

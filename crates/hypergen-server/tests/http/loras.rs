@@ -126,7 +126,7 @@ async fn what_cannot_be_had_is_a_500_that_tells_nothing() {
     assert!(message.contains("/no/such.safetensors"), "{message}");
     let tag = json!({"prompt": "<lora:ink>", "prompt_syntax": "a1111", "size": "8x8"});
     assert!(app.post(tag).await.error(500).0.contains("--lora-dir"));
-    assert_eq!(app.control.state().calls.len(), 1);
+    assert_eq!(app.control.state().batches.len(), 1);
 }
 
 #[tokio::test]
@@ -195,7 +195,7 @@ async fn batches_agree_in_their_loras() {
     for other in others {
         other.answer().await.ok();
     }
-    assert_eq!(app.control.state().calls, [vec![1], vec![2, 3], vec![4], vec![5]]);
+    assert_eq!(app.control.state().batches, [vec![1], vec![2, 3], vec![4], vec![5]]);
 }
 
 /// The model inside the program behind the routes: broken files are told of,

@@ -30,7 +30,7 @@ async fn a_full_queue_is_a_429_that_says_when_to_come_back() {
     for client in [running, first, second] {
         client.answer().await.ok();
     }
-    assert_eq!(app.control.state().calls, [[0], [1], [2]], "first in, first out");
+    assert_eq!(app.control.state().batches, [[0], [1], [2]], "first in, first out");
     app.post(body(4, 1)).await.ok();
     assert_eq!(
         app.metric("hypergen_requests_total{route=\"/v1/images/generations\",status=\"429\"}").await,
@@ -87,7 +87,7 @@ async fn who_leaves_the_queue_costs_nothing() {
     app.control.release();
     running.answer().await.ok();
     staying.answer().await.ok();
-    assert_eq!(app.control.state().calls, [[0], [2]]);
+    assert_eq!(app.control.state().batches, [[0], [2]]);
     assert_eq!(app.control.state().steps, 4);
     assert_eq!(app.metric("hypergen_clients_left_total{while=\"waiting\"}").await, Some(1.0));
     let left = app.metric("hypergen_requests_total{route=\"/v1/images/generations\",status=\"499\"}").await;
@@ -130,16 +130,16 @@ async fn the_pictures_that_are_left_of_a_request_are_not_drawn_for_nobody() {
     let leaving = app.spawn(many);
     app.control.until("the first step", |s| s.waiting).await;
     app.control.permit(3);
-    app.control.until("the second picture", |s| s.calls.len() == 2 && s.waiting).await;
+    app.control.until("the second picture", |s| s.batches.len() == 2 && s.waiting).await;
     drop(leaving);
     until_left(&app).await;
     app.control.release();
     app.until_queue(0, 0).await;
-    assert_eq!(app.control.state().calls, [[0], [1]]);
+    assert_eq!(app.control.state().batches, [[0], [1]]);
 }
 
 #[tokio::test]
-async fn requests_that_agree_share_a_batch_and_their_pictures_do_not_change() {
+async fn requests_join_at_the_next_step_and_their_pictures_do_not_change() {
     let app = TestApp::new(&["--max-batch-size", "4"]);
     app.control.hold();
     let first = app.spawn(body(100, 2));
@@ -158,8 +158,17 @@ async fn requests_that_agree_share_a_batch_and_their_pictures_do_not_change() {
     for client in clients {
         answers.push(client.answer().await);
     }
-    let calls = app.control.state().calls;
-    assert_eq!(calls, [vec![100], vec![0, 10, 11, 20], vec![21, 22], vec![30, 40], vec![50]]);
+    let batches = app.control.state().batches;
+    let shared = [
+        vec![100],
+        vec![100, 0, 10, 11],
+        vec![0, 10, 11, 20],
+        vec![20, 21, 22, 30],
+        vec![21, 22, 30, 40],
+        vec![30, 40, 50],
+        vec![40, 50],
+    ];
+    assert_eq!(batches, shared);
     let alone = TestApp::new(&[]);
     for (answer, body) in answers.iter().zip(bodies) {
         let expected = alone.post(body.clone()).await;
@@ -168,8 +177,8 @@ async fn requests_that_agree_share_a_batch_and_their_pictures_do_not_change() {
             assert_eq!(decode_png(&answer.file(i)).0, 8);
         }
     }
-    assert_eq!(app.metric("hypergen_batch_size_sum").await, Some(10.0));
-    assert_eq!(app.metric("hypergen_batch_size_count").await, Some(5.0));
+    assert_eq!(app.metric("hypergen_batch_size_sum").await, Some(22.0));
+    assert_eq!(app.metric("hypergen_batch_size_count").await, Some(7.0));
 }
 
 #[tokio::test]
@@ -208,7 +217,7 @@ async fn one_of_a_batch_may_leave() {
     let staying = app.spawn(body(2, 5));
     app.until_queue(2, 1).await;
     app.control.permit(1);
-    app.control.until("the batch", |s| s.calls.len() == 2 && s.waiting).await;
+    app.control.until("the batch", |s| s.batches.len() == 2 && s.waiting).await;
     drop(leaving);
     until_left(&app).await;
     app.control.release();

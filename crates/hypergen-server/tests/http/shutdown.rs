@@ -49,7 +49,7 @@ async fn what_runs_finishes_and_what_waits_is_refused() {
     assert_eq!(status, 200, "{body}");
     assert_eq!(body["data"][0]["seed"], 1);
     assert_eq!(server.exit.await.expect("no panic").expect("served"), Exit::Graceful);
-    assert_eq!(server.control.state().calls, [[1]]);
+    assert_eq!(server.control.state().batches, [[1]]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

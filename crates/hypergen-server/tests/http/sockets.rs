@@ -149,7 +149,7 @@ async fn however_a_client_leaves_it_is_noticed_at_once() {
     for (i, leave) in leave.into_iter().enumerate() {
         let mut running = server.connect().await;
         running.send(&picture(100, 50));
-        server.control.until("the step", |s| s.waiting && s.calls.len() == i + 1).await;
+        server.control.until("the step", |s| s.waiting && s.batches.len() == i + 1).await;
         server.until_queue(0, 1).await;
         let mut waiting = server.connect().await;
         waiting.send(&picture(200, 50));
@@ -171,7 +171,7 @@ async fn however_a_client_leaves_it_is_noticed_at_once() {
         server.control.release();
         server.control.hold();
     }
-    assert_eq!(server.control.state().calls, [[100], [100], [100]]);
+    assert_eq!(server.control.state().batches, [[100], [100], [100]]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::FromArgMatches;
-use hypergen_diffusion::{Check, Error, Observer, Picture, Stage};
+use hypergen_diffusion::{Check, Error, Observer, Picture, Session, Stage, one_at_a_time};
 
 use super::*;
 use crate::arguments;
@@ -61,8 +61,13 @@ impl Generator for Fake {
         Arc::new(Rules)
     }
 
-    fn generate(&mut self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>, Error> {
-        let [request] = requests else { panic!("one at a time, so that each is safe when it is done") };
+    fn draw(&mut self, session: &mut dyn Session) {
+        one_at_a_time(session, |request, observer| self.picture(request, observer));
+    }
+}
+
+impl Fake {
+    fn picture(&mut self, request: &Request, observer: &mut dyn Observer) -> Result<Picture, Error> {
         for step in 1..=request.steps {
             if let Some((picture, at, interrupt)) = &self.interrupt_at
                 && (self.asked.len(), step) == (*picture, *at)
@@ -77,7 +82,7 @@ impl Generator for Fake {
         self.asked.push(request.clone());
         let pixels = request.size.width * request.size.height;
         let rgb = (request.seed as u32).to_le_bytes()[..3].repeat(pixels);
-        Ok(vec![Picture { size: request.size, rgb, warnings: vec!["truncated".to_owned()] }])
+        Ok(Picture { size: request.size, rgb, warnings: vec!["truncated".to_owned()] })
     }
 }
 
