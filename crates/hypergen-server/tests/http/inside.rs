@@ -65,7 +65,7 @@ async fn metrics_count_what_happened() {
         "hypergen_queue_capacity 100",
         "hypergen_requests_in_progress 0",
         "hypergen_queue_wait_seconds_count 1",
-        "hypergen_batch_size_count 2",
+        "hypergen_batch_size_count 6",
         "hypergen_stage_duration_seconds_count{stage=\"text\"} 2",
         "hypergen_stage_duration_seconds_count{stage=\"step\"} 6",
         "hypergen_stage_duration_seconds_count{stage=\"decode\"} 2",

@@ -25,8 +25,13 @@ pub(super) fn file_size(path: &Path, label: &str) -> Result<u64, CheckpointError
     Err(CheckpointError::Format { path: label.to_owned(), reason: reason.into() })
 }
 
+/// Longest text that is told from weights by its words.
+const LONGEST_TEXT: usize = 1 << 16;
+
 /// What a file that is no safetensors file is, by how it begins.
 pub(super) fn foreign(data: &[u8]) -> Option<String> {
+    // Weights of gigabytes are not read through to find that they are no text.
+    let data = &data[..data.len().min(LONGEST_TEXT + 1)];
     // A page may have space, or a mark of its encoding, before its first tag.
     let visible = data.strip_prefix(b"\xef\xbb\xbf").unwrap_or(data).trim_ascii_start();
     let page = |tag: &[u8]| visible.get(..tag.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(tag));
@@ -59,9 +64,8 @@ pub(super) fn foreign(data: &[u8]) -> Option<String> {
 /// Words for a short text where weights should be: most often what a server
 /// answered in their place.
 fn text(data: &[u8]) -> Option<String> {
-    const MOST: usize = 1 << 16;
     const SHOWN: usize = 60;
-    let text = std::str::from_utf8(data).ok().filter(|text| text.len() <= MOST)?.trim();
+    let text = std::str::from_utf8(data).ok().filter(|text| text.len() <= LONGEST_TEXT)?.trim();
     if text.len() < 8 || text.chars().any(|c| c.is_control() && !c.is_whitespace()) {
         return None;
     }
@@ -138,6 +142,26 @@ mod tests {
         index.as_file().set_len(1 << 40).expect("a sparse file");
         let message = Checkpoint::open_index(index.path()).err().expect("an error").to_string();
         assert!(message.contains("1099511627776 bytes"), "{message}");
+    }
+
+    /// A damaged header in front of 16 GiB: what is mapped and touched counts as memory.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_large_file_is_refused_by_its_beginning() {
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/status").expect("the kernel's words");
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+            line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+        };
+        let before = resident();
+        // NULs are text to a decoder, and spaces in front of a page's first tag.
+        for begin in [&b"\x02\0\0\0\0\0\0\0{]"[..], b"\0"] {
+            let mut large = tempfile::NamedTempFile::new().expect("a temporary file");
+            large.write_all(begin).expect("written");
+            large.as_file().set_len(16 << 30).expect("a sparse file");
+            assert!(!error(large.path()).is_empty());
+        }
+        assert!(resident() < before + (1 << 30), "{before} and then {}", resident());
     }
 
     #[cfg(unix)]
