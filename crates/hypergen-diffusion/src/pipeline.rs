@@ -15,8 +15,8 @@ use crate::models::unet::{Added, Conditioning, UNet};
 use crate::models::vae::{Decoder, VaeConfig};
 use crate::prompt::LoraTag;
 use crate::prompt::PromptSyntax;
-use crate::session::Fixed;
 use crate::samplers::{Sampler, SamplerError, Trajectory};
+use crate::session::Fixed;
 use crate::{
     Check, Error, ErrorKind, GUIDANCE_RESCALE, GUIDANCE_SCALE, Generator, ModelInfo, Observer, Picture,
     Progress, Request, RequestId, STEPS, Session, Size, SizeConditioning, Stage,

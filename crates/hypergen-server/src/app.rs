@@ -265,6 +265,7 @@ fn cors(origins: &[String]) -> CorsLayer {
         .expose_headers(ExposeHeaders::list([
             trace::REQUEST_ID,
             generations::WARNING,
+            generations::QUEUE_POSITION,
             header::RETRY_AFTER,
             SHOULD_RETRY,
             HeaderName::from_static("etag"),

@@ -128,7 +128,7 @@ pub struct ServeConfig {
     #[arg(long, env = "HYPERGEN_MAX_QUEUE_SIZE", default_value_t = 100, value_parser = at_least_one)]
     pub max_queue_size: usize,
 
-    /// Pictures that may share forward passes, where their requests agree
+    /// Pictures of one size and one set of LoRAs that may be drawn at once, in shared forward passes
     #[arg(long, env = "HYPERGEN_MAX_BATCH_SIZE", default_value_t = 1, value_parser = at_least_one)]
     pub max_batch_size: usize,
 

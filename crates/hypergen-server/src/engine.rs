@@ -114,13 +114,14 @@ impl Engine {
             let retry_after = state.until_empty();
             return Err(Refusal::Full { capacity: self.shared.capacity, retry_after });
         }
+        let ahead = state.queue.waiting().len() + state.queue.begun().len();
         let (sender, events) = unbounded_channel();
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let left = requests.len();
         state.queue.push(Arc::new(Job::new(id, requests, sender)));
         self.shared.changed(&state);
         self.shared.wake.notify_one();
-        Ok(Ticket { id, left, events, shared: Arc::clone(&self.shared) })
+        Ok(Ticket { id, ahead, left, events, shared: Arc::clone(&self.shared) })
     }
 
     /// How the queue is now.
@@ -188,12 +189,18 @@ impl State {
 /// A place in the queue. Dropping it leaves the queue, or stops the drawing.
 pub(crate) struct Ticket {
     id: u64,
+    ahead: usize,
     left: usize,
     events: UnboundedReceiver<Event>,
     shared: Arc<Shared>,
 }
 
 impl Ticket {
+    /// Requests that waited or were being drawn when this one came.
+    pub(crate) fn ahead(&self) -> usize {
+        self.ahead
+    }
+
     /// Waits for the next of its pictures: `None` when all are drawn.
     pub(crate) async fn next(&mut self) -> Option<Result<(usize, Picture), Failure>> {
         if self.left == 0 {

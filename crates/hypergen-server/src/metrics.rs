@@ -174,7 +174,7 @@ impl Metrics {
         let stage_about = "Time per stage: text, each denoising step, decode, encode (to a file)";
         r.register_with_unit("stage_duration", stage_about, Unit::Seconds, self.stage.clone());
         r.register("pictures", "Pictures drawn", self.pictures.clone());
-        r.register("batch_size", "Pictures that shared forward passes", self.batch.clone());
+        r.register("batch_size", "Pictures in each forward pass", self.batch.clone());
         r.register(
             "image_store_files",
             "Pictures that can be fetched by their URL",
@@ -238,7 +238,7 @@ impl Metrics {
         self.stage.get_or_create(&StageLabels { stage: "encode" }).observe(elapsed.as_secs_f64());
     }
 
-    /// A batch of so many pictures begins.
+    /// So many pictures shared a forward pass.
     pub(crate) fn batch(&self, pictures: usize) {
         self.batch.observe(pictures as f64);
     }

@@ -154,7 +154,8 @@ impl UNet {
             for (pooled, ids) in added.pooled.chunks_exact(pooled).zip(added.time_ids) {
                 inputs.extend_from_slice(pooled);
                 let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
-                ids.iter().for_each(|&id| inputs.extend(timestep_embedding(id, t.time_embed_dim, flip, shift)));
+                ids.iter()
+                    .for_each(|&id| inputs.extend(timestep_embedding(id, t.time_embed_dim, flip, shift)));
             }
             embedding.forward(&self.tensor([rows, t.inputs], &inputs), None).to_f32() // [rows, time_dim]
         });

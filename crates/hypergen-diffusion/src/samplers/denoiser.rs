@@ -5,8 +5,8 @@
 //! noise`. Samplers that keep the variance have alpha^2 + sigma^2 = 1; those that
 //! let it grow have alpha = 1. No sampler's formula is here.
 
-use super::config::Fields;
 use super::SamplerError;
+use super::config::Fields;
 
 /// How much of the latents is picture and how much is noise, and what the
 /// network calls it. In float32, as torch has its scalars.

@@ -24,6 +24,8 @@ use crate::queue::Failure;
 
 /// What the user should know about the pictures, a sentence each.
 pub(crate) const WARNING: HeaderName = HeaderName::from_static("x-hypergen-warning");
+/// How many requests were in front of this one when it came.
+pub(crate) const QUEUE_POSITION: HeaderName = HeaderName::from_static("x-hypergen-queue-position");
 /// Longest warning that fits into a header everywhere.
 const WARNING_LENGTH: usize = 1000;
 
@@ -33,7 +35,8 @@ const WARNING_LENGTH: usize = 1000;
     request_body(content = ref("#/components/schemas/ImageRequest"), content_type = "application/json"),
     responses(
         (status = 200, description = "The pictures", body = ImageResponse, headers(
-            ("x-hypergen-warning" = String, description = "What to know about the pictures, such as a prompt that was cut; absent where there is nothing")
+            ("x-hypergen-warning" = String, description = "What to know about the pictures, such as a prompt that was cut; absent where there is nothing"),
+            ("x-hypergen-queue-position" = u64, description = "Requests that waited or were being drawn when this one came")
         )),
         (status = 400, description = "A parameter is missing, of the wrong type or out of range, or the body is no JSON object", body = ErrorBody),
         (status = 401, description = "The API key is missing or wrong", body = ErrorBody),
@@ -57,8 +60,11 @@ pub(crate) async fn create(State(app): State<Arc<Shared>>, request: Request) -> 
     let request = checked(&app, request).await?;
     log(&app, &request);
     let ticket = app.engine.submit(request.requests()).map_err(refused)?;
+    let ahead = ticket.ahead();
     let files = files(&app, Arc::new(request), base.into(), ticket).await?;
-    answer(files).await
+    let mut response = answer(files).await?;
+    response.headers_mut().insert(QUEUE_POSITION, HeaderValue::from(ahead));
+    Ok(response)
 }
 
 /// Finds the files of the LoRAs that a request means, and asks what the model

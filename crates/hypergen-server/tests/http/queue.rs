@@ -27,8 +27,10 @@ async fn a_full_queue_is_a_429_that_says_when_to_come_back() {
     // A step takes the fake 100 ms (and its text 1 ms): 9 + 10 + 10 of them are left.
     assert_eq!(answer.header("retry-after"), "3");
     app.control.release();
-    for client in [running, first, second] {
-        client.answer().await.ok();
+    for (client, ahead) in [(running, "0"), (first, "1"), (second, "2")] {
+        let answer = client.answer().await;
+        answer.ok();
+        assert_eq!(answer.header("x-hypergen-queue-position"), ahead);
     }
     assert_eq!(app.control.state().batches, [[0], [1], [2]], "first in, first out");
     app.post(body(4, 1)).await.ok();

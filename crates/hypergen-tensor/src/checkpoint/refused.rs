@@ -154,7 +154,7 @@ mod tests {
             line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
         };
         let before = resident();
-        // NULs are text to a decoder, and spaces in front of a page's first tag.
+        // NULs, as holes are read, are text to a decoder.
         for begin in [&b"\x02\0\0\0\0\0\0\0{]"[..], b"\0"] {
             let mut large = tempfile::NamedTempFile::new().expect("a temporary file");
             large.write_all(begin).expect("written");
