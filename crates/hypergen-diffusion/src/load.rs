@@ -146,24 +146,7 @@ pub(crate) fn load_files(
     let text = loading.text(&parts, &unet)?;
     let vae = loading.vae(&parts)?;
     check_channels(unet.config(), vae.config())?;
-    let embedded = matches!(files, ModelFiles::Embedded);
-    let traits = |scheduler| Traits {
-        embedded,
-        xl: parts.xl,
-        context: unet.config().levels[0].context,
-        guidance_embedding: unet.config().time_cond_proj_dim.is_some(),
-        scheduler,
-    };
-    let (family, scheduler) = match options.family {
-        Some(name) => {
-            let family = Family::named(name, &traits(&Value::Null))?;
-            (family, family_scheduler(files, family))
-        }
-        None => {
-            let scheduler = scheduler(files, &unet, &device, dtype)?;
-            (Family::of(&traits(&scheduler)), scheduler)
-        }
-    };
+    let (family, scheduler) = loading.family(options.family, parts.xl, &unet)?;
     let sampler = own_sampler(&scheduler, family.steps.unwrap_or(STEPS.default)).map_err(|e| {
         Error::new(ErrorKind::Model, format!("{}: {e}", files.show("scheduler/scheduler_config.json")))
     })?;
@@ -198,7 +181,7 @@ pub(crate) fn load_files(
         vae,
         adapters,
         scheduler,
-        native_only: embedded,
+        native_only: matches!(files, ModelFiles::Embedded),
         last_latent_shape: None,
     })
 }
@@ -388,6 +371,28 @@ struct Loading<'a> {
 }
 
 impl Loading<'_> {
+    /// The family, as it is named or else recognised, and the scheduler's file.
+    fn family(
+        &self,
+        named: Option<FamilyName>,
+        xl: bool,
+        unet: &UNet,
+    ) -> Result<(&'static Family, Value), Error> {
+        let traits = |scheduler| Traits {
+            embedded: matches!(self.files, ModelFiles::Embedded),
+            xl,
+            context: unet.config().levels[0].context,
+            guidance_embedding: unet.config().time_cond_proj_dim.is_some(),
+            scheduler,
+        };
+        if let Some(name) = named {
+            let family = Family::named(name, &traits(&Value::Null))?;
+            return Ok((family, family_scheduler(self.files, family)));
+        }
+        let scheduler = scheduler(self.files, unet, self.device, self.dtype)?;
+        Ok((Family::of(&traits(&scheduler)), scheduler))
+    }
+
     /// Reads a part's configuration; errors name the file.
     fn config<T>(&self, part: &str, read: impl FnOnce(&Value) -> Result<T, Error>) -> Result<T, Error> {
         let file = format!("{part}/config.json");

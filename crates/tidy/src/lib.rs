@@ -1,5 +1,5 @@
 //! The rules of the house, as tests: which crate may know which, how a source
-//! file opens, where `unsafe` may stand, how long files may be, and that links
+//! file opens, where `unsafe` may stand, how long files and functions may be, and that links
 //! lead somewhere.
 //!
 //! Every rule is a function from files in memory to findings, so that the
@@ -11,6 +11,7 @@
 pub mod crates;
 pub mod documents;
 pub mod features;
+pub mod lengths;
 pub mod lexer;
 pub mod sizes;
 pub mod sources;
@@ -55,7 +56,7 @@ impl fmt::Display for Finding {
 
 /// Every rule, on every file.
 pub fn check(tree: &Tree) -> Vec<Finding> {
-    let rules: [fn(&Tree) -> Vec<Finding>; 5] =
-        [crates::check, sources::check, features::check, documents::check, sizes::check];
+    let rules: [fn(&Tree) -> Vec<Finding>; 6] =
+        [crates::check, sources::check, lengths::check, features::check, documents::check, sizes::check];
     rules.iter().flat_map(|rule| rule(tree)).collect()
 }
