@@ -1,4 +1,4 @@
-//! Samplers of distilled models, which go to the clean sample at each step and back to
+//! Samplers of distilled models, which go to the denoised sample at each step and back to
 //! less noise: latent consistency models (Luo et al. 2023, arXiv 2310.04378) as
 //! `LCMScheduler`, and trajectory consistency distillation (Zheng et al. 2024, arXiv
 //! 2402.19159) as `TCDScheduler`.
@@ -7,7 +7,7 @@
 //! unless they are told otherwise, and zero it is here: no fresh noise.
 
 use super::ddim::{Ddim, Table, check_signal};
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, BetaSchedule, Rescale, Schedule};
 use super::spacing::check_steps;
 use super::trajectory::draw;
@@ -26,14 +26,14 @@ const DEFAULTS: BetaDefaults = BetaDefaults {
 const SIGMA_DATA: f64 = 0.5;
 
 struct Lcm {
-    /// A level and its factors of the clean sample and the sample.
+    /// A level and its factors of the denoised sample and the sample.
     steps: Vec<(Level, f64, f64)>,
 }
 
 pub(super) fn build_lcm(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
     let schedule = Schedule::new(fields, &DEFAULTS)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, Some(false))?;
+    let clamp = SampleClamp::new(fields, Some(false))?;
     let scaling = fields.number("timestep_scaling", 10.0, 0.0..=1e6)?;
     let table = Table::new(&schedule, true);
     let mut levels = Vec::with_capacity(steps);
@@ -44,7 +44,7 @@ pub(super) fn build_lcm(fields: &Fields, steps: usize) -> Result<Built, SamplerE
         let norm = scaled * scaled + SIGMA_DATA * SIGMA_DATA;
         levels.push((level, scaled / norm.sqrt(), SIGMA_DATA * SIGMA_DATA / norm));
     }
-    Ok(Built { solver: Box::new(Lcm { steps: levels }), prediction, bound })
+    Ok(Built { solver: Box::new(Lcm { steps: levels }), prediction, clamp })
 }
 
 pub(super) fn build_tcd(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
@@ -61,7 +61,7 @@ pub(super) fn build_tcd(fields: &Fields, steps: usize) -> Result<Built, SamplerE
     }
     // This class has fields for bounds, but its step does not look at them.
     // Without noise of its own a step is DDIM's.
-    Ok(Built { solver: Box::new(Ddim { steps: levels }), prediction, bound: Bound::None })
+    Ok(Built { solver: Box::new(Ddim { steps: levels }), prediction, clamp: SampleClamp::None })
 }
 
 /// Picks from the timesteps of the distillation, evenly and from the noisy end. The
@@ -95,7 +95,7 @@ impl Solver for Lcm {
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
         let (_, out, skip) = self.steps[index];
-        state.x = combine([(out, &predicted.clean()), (skip, &state.x)]);
+        state.x = combine([(out, &predicted.denoised()), (skip, &state.x)]);
         if let Some((next, ..)) = self.steps.get(index + 1) {
             let fresh = draw(state.x.len(), noise);
             state.x = combine([(next.alpha.into(), &state.x), (next.sigma.into(), &fresh)]);

@@ -1,7 +1,7 @@
 //! DDIM (Song et al. 2021, arXiv 2010.02502), without added noise, as
 //! `DDIMScheduler`. Its stochastic form (eta above zero) is not offered.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{Plan, Spacing};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -17,7 +17,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &BetaDefaults::COMMON.with_rescale(Rescale::ToZero))?;
     let plan = Plan::new(fields, &schedule, Spacing::Leading, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, Some(true))?;
+    let clamp = SampleClamp::new(fields, Some(true))?;
     let table = Table::new(&schedule, fields.flag("set_alpha_to_one", true)?);
     let stride = plan.train_steps / steps;
     let steps: Vec<_> = plan
@@ -28,10 +28,10 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     for (from, _) in &steps {
         check_signal(fields, prediction, from)?;
     }
-    Ok(Built { solver: Box::new(Ddim { steps }), prediction, bound })
+    Ok(Built { solver: Box::new(Ddim { steps }), prediction, clamp })
 }
 
-/// Refuses to look for a clean sample where a predicted noise says nothing about it.
+/// Refuses to look for a denoised sample where a predicted noise says nothing about it.
 pub(super) fn check_signal(
     fields: &Fields,
     prediction: Prediction,
@@ -63,7 +63,7 @@ impl<'a> Table<'a> {
         Level::of_product(self.schedule.alphas_cumprod[at], timestep as f64)
     }
 
-    /// The level `stride` timesteps nearer to clean, or the end.
+    /// The level `stride` timesteps nearer to the clean sample, or the end.
     pub(super) fn level_before(&self, timestep: usize, stride: usize) -> Level {
         timestep.checked_sub(stride).map_or_else(|| Level::of_product(self.end, 0.0), |t| self.level(t))
     }
@@ -80,7 +80,7 @@ impl Solver for Ddim {
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
         let to = &self.steps[index].1;
-        let (clean, noise) = (predicted.clean(), predicted.noise_as_predicted());
-        state.x = combine([(to.alpha.into(), &clean), (to.sigma.into(), &noise)]);
+        let (denoised, noise) = (predicted.denoised(), predicted.noise_as_predicted());
+        state.x = combine([(to.alpha.into(), &denoised), (to.sigma.into(), &noise)]);
     }
 }

@@ -3,7 +3,7 @@
 //! variances need a network with twice the outputs and are refused.
 
 use super::ddim::{Table, check_signal};
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, BetaSchedule, Rescale, Schedule};
 use super::spacing::{Plan, Spacing};
 use super::trajectory::draw;
@@ -22,8 +22,8 @@ enum Variance {
 
 struct Step {
     from: Level,
-    /// Factors of the clean sample, the sample and fresh noise, if any is drawn.
-    clean: f32,
+    /// Factors of the denoised sample, the sample and fresh noise, if any is drawn.
+    denoised: f32,
     sample: f32,
     noise: Option<f32>,
 }
@@ -38,7 +38,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &defaults)?;
     let plan = Plan::new(fields, &schedule, Spacing::Leading, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, Some(true))?;
+    let clamp = SampleClamp::new(fields, Some(true))?;
     let choices = [
         ("fixed_small", Variance::Small),
         ("fixed_small_log", Variance::SmallLog),
@@ -55,7 +55,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         let to = timesteps.get(index + 1).map_or(1.0, |&t| table.level(t).product);
         steps.push(step(from, to, variance, t > 0));
     }
-    Ok(Built { solver: Box::new(Ddpm { steps }), prediction, bound })
+    Ok(Built { solver: Box::new(Ddpm { steps }), prediction, clamp })
 }
 
 /// Equation 7 of the paper, and the variance of its choice.
@@ -71,7 +71,7 @@ fn step(from: Level, to: f32, variance: Variance, with_noise: bool) -> Step {
     };
     Step {
         from,
-        clean: to.sqrt() * beta / rest,
+        denoised: to.sqrt() * beta / rest,
         sample: alpha.sqrt() * (1.0 - to) / rest,
         noise: with_noise.then_some(deviation),
     }
@@ -88,7 +88,7 @@ impl Solver for Ddpm {
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
         let step = &self.steps[index];
-        state.x = combine([(step.clean.into(), &predicted.clean()), (step.sample.into(), &state.x)]);
+        state.x = combine([(step.denoised.into(), &predicted.denoised()), (step.sample.into(), &state.x)]);
         if let Some(deviation) = step.noise {
             let fresh = draw(state.x.len(), noise);
             state.x = combine([(1.0, &state.x), (deviation.into(), &fresh)]);

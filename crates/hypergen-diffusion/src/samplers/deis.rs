@@ -3,7 +3,7 @@
 //!
 //! The reference never goes to zero noise: it ends at the least sigma of training.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, Spacing, multistep_levels};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -21,7 +21,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &BetaDefaults::COMMON)?;
     let plan = Plan::new(fields, &schedule, Spacing::Linspace, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, None)?;
+    let clamp = SampleClamp::new(fields, None)?;
     for field in ["use_flow_sigmas", "use_dynamic_shifting"] {
         fields.must_be_off(field)?;
     }
@@ -32,11 +32,11 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let ramp = (Ramp::new(fields)?, Rounding::Karras);
     let levels = multistep_levels(fields, &schedule, &plan, ramp, schedule.len(), FinalSigma::Last)?;
     let solver = Deis {
-        levels: levels.keeping(),
+        levels: levels.variance_preserving(),
         order: fields.integer("solver_order", 2, 1..=3)? as usize,
         lower_order_final: fields.flag("lower_order_final", true)?,
     };
-    Ok(Built { solver: Box::new(solver), prediction, bound })
+    Ok(Built { solver: Box::new(solver), prediction, clamp })
 }
 
 impl Deis {
@@ -58,10 +58,10 @@ impl Solver for Deis {
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
         let (from, to) = (&self.levels[index], &self.levels[index + 1]);
-        // By way of the clean sample, as the reference goes: with the steepest
+        // By way of the denoised sample, as the reference goes: with the steepest
         // schedules the rounding on that way is magnified by thousands.
-        let clean = predicted.clean();
-        state.remember(zip(&state.x, &clean, |x, clean| (x - from.alpha * clean) / from.sigma), 3);
+        let denoised = predicted.denoised();
+        state.remember(zip(&state.x, &denoised, |x, denoised| (x - from.alpha * denoised) / from.sigma), 3);
         // Noise over signal, back from this step.
         let rho = |level: &Level| level.sigma / level.alpha;
         let past = |back: usize| rho(&self.levels[index - back]);

@@ -2,8 +2,8 @@
 //! algorithm 2, with the second evaluation in the logarithmic middle), and its
 //! ancestral form: `KDPM2DiscreteScheduler` and `KDPM2AncestralDiscreteScheduler`.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::euler::ancestral;
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{LogSigmas, Plan, Ramp, Spacing, k_diffusion_levels};
 use super::trajectory::draw;
@@ -53,15 +53,15 @@ fn build_either(fields: &Fields, steps: usize, with_noise: bool) -> Result<Built
         let middle = (next > 0.0 && down > 0.0).then(|| {
             let (far, near) = (sigma.ln(), down.ln());
             let sigma = (far - (far - near) * 0.5).exp();
-            Level::growing(sigma, logs.timestep(sigma.into()))
+            Level::variance_exploding(sigma, logs.timestep(sigma.into()))
         });
-        Step { from: Level::growing(sigma, t), middle, down, up }
+        Step { from: Level::variance_exploding(sigma, t), middle, down, up }
     };
     let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step);
     let calls = steps.flat_map(|s| std::iter::once((s, false)).chain(s.middle.map(|_| (s, true)))).collect();
     let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
     let solver = Box::new(Dpm2 { calls, initial_scale, ancestral: with_noise });
-    Ok(Built { solver, prediction, bound: Bound::None })
+    Ok(Built { solver, prediction, clamp: SampleClamp::None })
 }
 
 impl Solver for Dpm2 {

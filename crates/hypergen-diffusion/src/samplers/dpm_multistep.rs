@@ -4,7 +4,7 @@
 //!
 //! Its flow-matching fields are refused: models that need them are another family.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{
     FinalSigma, Levels, LogSigmas, Plan, Ramp, Rounding, Spacing, linspace, multistep_levels,
@@ -17,21 +17,21 @@ pub(super) const CLASS: &str = "DPMSolverMultistepScheduler";
 /// Which equation is solved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Algorithm {
-    /// In terms of the clean sample (`++`) or of the noise.
-    pub(super) clean: bool,
+    /// In terms of the denoised sample (`++`) or of the noise.
+    pub(super) denoised: bool,
     /// With fresh noise at each step.
     pub(super) stochastic: bool,
 }
 
 impl Algorithm {
-    /// What the equation is about: the clean sample or the noise.
+    /// What the equation is about: the denoised sample or the noise.
     pub(super) fn output(self, predicted: &Predicted<'_>) -> Vec<f32> {
-        if self.clean { predicted.clean() } else { predicted.noise() }
+        if self.denoised { predicted.denoised() } else { predicted.noise() }
     }
 
     /// Reads `algorithm_type` and checks it against the final sigma.
     pub(super) fn new(fields: &Fields, end: FinalSigma) -> Result<Self, SamplerError> {
-        let of = |clean, stochastic| Self { clean, stochastic };
+        let of = |denoised, stochastic| Self { denoised, stochastic };
         let choices = [
             ("dpmsolver++", of(true, false)),
             ("sde-dpmsolver++", of(true, true)),
@@ -41,7 +41,7 @@ impl Algorithm {
             ("deis", of(true, false)),
         ];
         let algorithm = fields.choice("algorithm_type", of(true, false), &choices)?;
-        if !algorithm.clean && end == FinalSigma::Zero {
+        if !algorithm.denoised && end == FinalSigma::Zero {
             let problem = "needs \"final_sigmas_type\": \"sigma_min\", as it divides by the final sigma";
             return Err(fields.error("algorithm_type", problem));
         }
@@ -103,7 +103,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &BetaDefaults::COMMON.with_rescale(Rescale::ToTiny))?;
     let plan = Plan::new(fields, &schedule, Spacing::Linspace, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, None)?;
+    let clamp = SampleClamp::new(fields, None)?;
     refuse_flow(fields)?;
     let end = FinalSigma::new(fields)?;
     let algorithm = Algorithm::new(fields, end)?;
@@ -117,7 +117,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         multistep_levels(fields, &schedule, &plan, ramp, last_timestep, end)?
     };
     let solver = DpmMultistep {
-        levels: levels.keeping(),
+        levels: levels.variance_preserving(),
         ratios: levels.sigmas.into_iter().map(f64::from).collect(),
         order,
         algorithm,
@@ -127,12 +127,12 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         zero_at_final: end == FinalSigma::Zero,
     };
     if algorithm.stochastic
-        && !algorithm.clean
+        && !algorithm.denoised
         && (0..solver.evaluations()).any(|step| solver.order_at(step) == 3)
     {
         return Err(fields.error("algorithm_type", "has no third order; it needs a \"solver_order\" of 2"));
     }
-    Ok(Built { solver: Box::new(solver), prediction, bound })
+    Ok(Built { solver: Box::new(solver), prediction, clamp })
 }
 
 /// Steps of equal logarithm of signal over noise, as the solver's authors first had them.
@@ -237,7 +237,7 @@ impl Weights {
         // What integrals of the exponential against 1 and t are made of.
         let phi1 = |e: f64| e.exp_m1() / e;
         let phi2 = |e: f64| (e.exp_m1() - e) / (e * e);
-        match (algorithm.clean, algorithm.stochastic) {
+        match (algorithm.denoised, algorithm.stochastic) {
             (true, false) => Self {
                 sample: to.sigma / from.sigma,
                 output: -to.alpha * (-h).exp_m1(),

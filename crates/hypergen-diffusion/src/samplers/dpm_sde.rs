@@ -8,8 +8,8 @@
 //! and from its start to its end; both are made of two independent draws, which is
 //! the tree's distribution exactly. Everything else equals the reference.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
 use super::euler::ancestral;
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{LogSigmas, Plan, Ramp, Spacing, k_diffusion_levels};
 use super::trajectory::draw;
@@ -43,14 +43,14 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
         let rest = (next > 0.0).then(|| {
             let (near, far) = (-sigma.ln(), -next.ln());
             let middle = (-(near + (far - near) * 0.5)).exp();
-            (Level::growing(middle, logs.timestep(middle.into())), next)
+            (Level::variance_exploding(middle, logs.timestep(middle.into())), next)
         });
-        Step { from: Level::growing(sigma, t), rest }
+        Step { from: Level::variance_exploding(sigma, t), rest }
     };
     let steps = levels.sigmas.windows(2).zip(&levels.timesteps).map(step);
     let calls = steps.flat_map(|s| std::iter::once((s, false)).chain(s.rest.map(|_| (s, true)))).collect();
     let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
-    Ok(Built { solver: Box::new(DpmSde { calls, initial_scale }), prediction, bound: Bound::None })
+    Ok(Built { solver: Box::new(DpmSde { calls, initial_scale }), prediction, clamp: SampleClamp::None })
 }
 
 /// The fields as this class and LMS read them: their Karras ramp, unlike the
@@ -77,16 +77,16 @@ impl Solver for DpmSde {
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, noise: Noise<'_>) {
         let (Step { from, rest }, in_middle) = self.calls[index];
-        let clean = predicted.clean();
+        let denoised = predicted.denoised();
         let Some((middle, next)) = rest else {
-            // Straight to the clean sample, as a step of Euler's.
-            let slope = zip(&state.x, &clean, |x, clean| (x - clean) / from.sigma);
+            // Straight to the denoised sample, as a step of Euler's.
+            let slope = zip(&state.x, &denoised, |x, denoised| (x - denoised) / from.sigma);
             state.x = combine([(1.0, &state.x), ((-from.sigma).into(), &slope)]);
             return;
         };
         let fresh = draw(state.x.len(), noise);
         if !in_middle {
-            state.probe = Some(ancestral_step(&state.x, &clean, from.sigma, middle.sigma, &fresh));
+            state.probe = Some(ancestral_step(&state.x, &denoised, from.sigma, middle.sigma, &fresh));
             state.kept = fresh;
             return;
         }
@@ -94,15 +94,15 @@ impl Solver for DpmSde {
         let whole = f64::from(from.sigma - next);
         let (half, rest) = (f64::from(from.sigma - middle.sigma), f64::from(middle.sigma - next));
         let noise = combine([((half / whole).sqrt(), &state.kept), ((rest / whole).sqrt(), &fresh)]);
-        state.x = ancestral_step(&state.x, &clean, from.sigma, next, &noise);
+        state.x = ancestral_step(&state.x, &denoised, from.sigma, next, &noise);
     }
 }
 
-/// Goes towards a clean sample as far as the ancestral split says, and adds noise.
-fn ancestral_step(x: &[f32], clean: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f32> {
+/// Goes towards a denoised sample as far as the ancestral split says, and adds noise.
+fn ancestral_step(x: &[f32], denoised: &[f32], from: f32, to: f32, noise: &[f32]) -> Vec<f32> {
     let (down, up) = ancestral(from, to);
     let kept = f64::from(down / from);
-    combine([(kept, x), (1.0 - kept, clean), (up.min(to).into(), noise)])
+    combine([(kept, x), (1.0 - kept, denoised), (up.min(to).into(), noise)])
 }
 
 #[cfg(test)]
@@ -119,7 +119,7 @@ mod tests {
         let config = serde_json::json!({"beta_schedule": "scaled_linear"});
         let kind = "dpmpp_sde".parse().ok();
         let sampler = Arc::new(Sampler::new(kind, &config, 4).unwrap());
-        // With the clean sample equal to the latents, the final latents are linear in
+        // With the denoised sample equal to the latents, the final latents are linear in
         // the draws. The response to each draw alone gives their whole law.
         let response = |which: usize| {
             let mut drawn = 0;
@@ -143,7 +143,7 @@ mod tests {
         let plan = Plan::new(&fields, &schedule, Spacing::Linspace, 4).unwrap();
         let sigmas = k_diffusion_levels(&fields, &schedule, &plan, None).unwrap().sigmas;
         let ups = sigmas.windows(2).map(|p| f64::from(ancestral(p[0], p[1]).1));
-        // The clean sample of the second evaluation carries the middle's noise too.
+        // The denoised sample of the second evaluation carries the middle's noise too.
         let mut expected = 0.0;
         for (pair, up) in sigmas.windows(2).zip(ups).filter(|(p, _)| p[1] > 0.0) {
             let (from, to) = (f64::from(pair[0]), f64::from(pair[1]));

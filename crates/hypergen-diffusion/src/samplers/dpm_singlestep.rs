@@ -5,8 +5,8 @@
 //! order: what the group's earlier steps found serves as intermediate points only.
 //! This class spaces its timesteps evenly whatever the file says.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
 use super::dpm_multistep::{Algorithm, Weights, clipped_len, heun_type, refuse_flow};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, multistep_levels};
 use super::trajectory::draw;
@@ -29,11 +29,11 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &BetaDefaults::COMMON)?;
     let plan = Plan::evenly(&schedule, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::new(fields, None)?;
+    let clamp = SampleClamp::new(fields, None)?;
     refuse_flow(fields)?;
     let end = FinalSigma::new(fields)?;
     let algorithm = Algorithm::new(fields, end)?;
-    if algorithm.stochastic && !algorithm.clean {
+    if algorithm.stochastic && !algorithm.denoised {
         return Err(fields.error("algorithm_type", "has no single-step form; use sde-dpmsolver++"));
     }
     let order = fields.integer("solver_order", 2, 1..=3)? as usize;
@@ -42,13 +42,13 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let levels = multistep_levels(fields, &schedule, &plan, ramp, last_timestep, end)?;
     let lower_final = fields.flag("lower_order_final", false)?;
     let solver = DpmSinglestep {
-        levels: levels.keeping(),
+        levels: levels.variance_preserving(),
         ratios: levels.sigmas.iter().copied().map(f64::from).collect(),
         orders: orders(order, steps, lower_final, end),
         algorithm,
         heun: heun_type(fields)?,
     };
-    Ok(Built { solver: Box::new(solver), prediction, bound })
+    Ok(Built { solver: Box::new(solver), prediction, clamp })
 }
 
 /// Orders of the steps, in groups that rise from first order.

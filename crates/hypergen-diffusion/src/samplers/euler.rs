@@ -3,7 +3,7 @@
 //! `EulerAncestralDiscreteScheduler`. The churn of the former is not offered:
 //! pipelines never turn it on.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine};
 use super::schedule::{BetaDefaults, Rescale, Schedule, torch_linspace};
 use super::spacing::{FinalSigma, Levels, LogSigmas, Plan, Ramp, Spacing, interpolate, k_diffusion_levels};
 use super::trajectory::draw;
@@ -24,7 +24,7 @@ struct Euler {
 impl Euler {
     fn new(levels: Levels, spacing: Spacing, ancestral: bool) -> Self {
         let initial_scale = spacing.initial_scale(&levels.sigmas);
-        Self { levels: levels.growing(), sigmas: levels.sigmas, initial_scale, ancestral }
+        Self { levels: levels.variance_exploding(), sigmas: levels.sigmas, initial_scale, ancestral }
     }
 }
 
@@ -40,7 +40,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let prediction = fields.choice("prediction_type", Prediction::Epsilon, &choices)?;
     let levels = euler_levels(fields, &schedule, &plan, prediction)?;
     let solver = Box::new(Euler::new(levels, plan.spacing, false));
-    Ok(Built { solver, prediction, bound: Bound::None })
+    Ok(Built { solver, prediction, clamp: SampleClamp::None })
 }
 
 pub(super) fn build_ancestral(fields: &Fields, steps: usize) -> Result<Built, SamplerError> {
@@ -49,7 +49,7 @@ pub(super) fn build_ancestral(fields: &Fields, steps: usize) -> Result<Built, Sa
     let prediction = Prediction::epsilon_or_v(fields)?;
     let levels = k_diffusion_levels(fields, &schedule, &plan, None)?;
     let solver = Box::new(Euler::new(levels, plan.spacing, true));
-    Ok(Built { solver, prediction, bound: Bound::None })
+    Ok(Built { solver, prediction, clamp: SampleClamp::None })
 }
 
 /// The levels of the class with the most fields of all.

@@ -2,7 +2,7 @@
 //! without churn), as `HeunDiscreteScheduler`: every step but the last asks the
 //! network twice.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine, zip};
 use super::schedule::{BetaDefaults, BetaSchedule, Schedule};
 use super::spacing::{Plan, Ramp, Spacing, k_diffusion_levels};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -19,11 +19,11 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let schedule = Schedule::new(fields, &BetaDefaults { extra, ..BetaDefaults::SECOND_ORDER })?;
     let plan = Plan::new(fields, &schedule, Spacing::Linspace, steps)?;
     let prediction = Prediction::any(fields)?;
-    let bound = Bound::clip(fields, Some(false))?;
+    let clamp = SampleClamp::clip(fields, Some(false))?;
     let levels = k_diffusion_levels(fields, &schedule, &plan, Ramp::new(fields)?)?;
     let initial_scale = plan.spacing.initial_scale(&levels.sigmas);
-    let solver = Box::new(Heun { levels: levels.growing(), initial_scale });
-    Ok(Built { solver, prediction, bound })
+    let solver = Box::new(Heun { levels: levels.variance_exploding(), initial_scale });
+    Ok(Built { solver, prediction, clamp })
 }
 
 impl Solver for Heun {

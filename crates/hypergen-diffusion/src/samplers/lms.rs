@@ -2,8 +2,8 @@
 //! slope is the polynomial through the last four, integrated over the step.
 //! `LMSDiscreteScheduler`.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, zip};
 use super::dpm_sde::limits;
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{Plan, Ramp, Spacing, k_diffusion_levels};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -28,11 +28,11 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let levels = k_diffusion_levels(&limits(fields, ramp), &schedule, &plan, ramp)?;
     let sigmas: Vec<f64> = levels.sigmas.iter().copied().map(f64::from).collect();
     let solver = Lms {
-        levels: levels.growing(),
+        levels: levels.variance_exploding(),
         weights: (1..sigmas.len()).map(|end| weights(&sigmas[end.saturating_sub(ORDER)..=end])).collect(),
         initial_scale: plan.spacing.initial_scale(&levels.sigmas),
     };
-    Ok(Built { solver: Box::new(solver), prediction, bound: Bound::None })
+    Ok(Built { solver: Box::new(solver), prediction, clamp: SampleClamp::None })
 }
 
 /// Integrals of Lagrange's polynomials on all nodes but the last, from the last

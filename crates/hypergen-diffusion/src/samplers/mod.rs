@@ -3,7 +3,7 @@
 //!
 //! A sampler never sees a UNet, a guidance scale or a prediction type: it says
 //! at which noise level it wants a prediction, and is handed `Predicted`, which
-//! turns whatever the network said into a clean sample and a noise. A
+//! turns whatever the network said into a denoised sample and a noise. A
 //! [`Trajectory`] is one picture's way through a sampler; the pipeline owns the
 //! loop over the trajectories that share a forward pass. Latents are flat
 //! float32 slices, so that every step is a weighted sum of slices.
@@ -19,7 +19,6 @@ mod consistency;
 mod ddim;
 mod ddpm;
 mod deis;
-mod denoiser;
 mod dpm2;
 mod dpm_multistep;
 mod dpm_sde;
@@ -28,6 +27,7 @@ mod euler;
 mod heun;
 mod lms;
 mod pndm;
+mod prediction;
 mod schedule;
 mod spacing;
 mod table;
@@ -37,7 +37,7 @@ mod unipc;
 use thiserror::Error;
 
 use config::Fields;
-use denoiser::{Bound, Level, Predicted, Prediction};
+use prediction::{Level, Predicted, Prediction, SampleClamp};
 use trajectory::State;
 
 pub use config::read_config;
@@ -87,10 +87,10 @@ type Noise<'a> = &'a mut dyn FnMut(&mut [f32]);
 struct Built {
     solver: Box<dyn Solver>,
     prediction: Prediction,
-    bound: Bound,
+    clamp: SampleClamp,
 }
 
-/// A family's way from noise to clean latents: which levels it asks the network at,
+/// A family's way from noise to the clean sample latents: which levels it asks the network at,
 /// and what it does with each answer. It holds nothing of a picture; that is [`State`].
 trait Solver: Send + Sync {
     /// Times that the network is called.

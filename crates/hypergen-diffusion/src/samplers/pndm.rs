@@ -7,10 +7,10 @@
 //!
 //! The multistep weights act on what the network predicts, be it epsilon or v,
 //! and the sum is turned into a noise afterwards. So this solver does not
-//! see clean samples, and has no bounds to honour.
+//! see denoised samples, and has no bounds to honour.
 
 use super::ddim::{Table, check_signal};
-use super::denoiser::{Bound, Level, Predicted, Prediction, combine, zip};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, combine, zip};
 use super::schedule::{BetaDefaults, Schedule};
 use super::spacing::{Plan, Spacing};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -75,7 +75,7 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     for call in &calls {
         check_signal(fields, prediction, &call.from)?;
     }
-    Ok(Built { solver: Box::new(Pndm { calls }), prediction, bound: Bound::None })
+    Ok(Built { solver: Box::new(Pndm { calls }), prediction, clamp: SampleClamp::None })
 }
 
 fn multistep_calls(table: &Table<'_>, timesteps: &[usize], stride: usize) -> Vec<Call> {

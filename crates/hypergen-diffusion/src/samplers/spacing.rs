@@ -6,7 +6,7 @@
 //! off by one is another picture.
 
 use super::config::Fields;
-use super::denoiser::Level;
+use super::prediction::Level;
 use super::schedule::{BetaSchedule, Schedule};
 use super::{SamplerError, beta};
 
@@ -67,7 +67,7 @@ impl Plan {
         Ok(Self { spacing: Spacing::Linspace, steps, train_steps: schedule.len(), offset: 0 })
     }
 
-    /// From noise to clean, both ends included where the spacing has them. May be
+    /// From noise to the clean sample, both ends included where the spacing has them. May be
     /// fractional for linspace, and may hold one timestep of -1 more than
     /// `steps` for trailing: numpy's `arange` has it so for 61, 103, 121 ...
     /// steps of 1000.
@@ -104,7 +104,7 @@ impl Plan {
         }
     }
 
-    /// From noise to clean, without the clean end: spacing of the multistep
+    /// From noise to the clean sample, without the clean end: spacing of the multistep
     /// solvers, over the first `last` train timesteps.
     pub(super) fn open_timesteps(&self, last: usize) -> Vec<f64> {
         let steps = self.steps;
@@ -251,7 +251,7 @@ impl LogSigmas {
     }
 }
 
-/// The noise levels of a run: one sigma more than timesteps, from noise to clean.
+/// The noise levels of a run: one sigma more than timesteps, from noise to the clean sample.
 pub(super) struct Levels {
     pub(super) timesteps: Vec<f64>,
     pub(super) sigmas: Vec<f32>,
@@ -281,12 +281,12 @@ impl Levels {
     }
 
     /// Levels of latents that grow with sigma, one for each timestep.
-    pub(super) fn growing(&self) -> Vec<Level> {
-        self.sigmas.iter().zip(&self.timesteps).map(|(&s, &t)| Level::growing(s, t)).collect()
+    pub(super) fn variance_exploding(&self) -> Vec<Level> {
+        self.sigmas.iter().zip(&self.timesteps).map(|(&s, &t)| Level::variance_exploding(s, t)).collect()
     }
 
     /// Levels of latents that keep their variance, and that of the end.
-    pub(super) fn keeping(&self) -> Vec<Level> {
+    pub(super) fn variance_preserving(&self) -> Vec<Level> {
         let timesteps = self.timesteps.iter().copied().chain([0.0]);
         self.sigmas.iter().zip(timesteps).map(|(&s, t)| Level::of_ratio(s, t)).collect()
     }

@@ -1,10 +1,10 @@
-//! One picture's way from noise to clean latents, one call of the network at a
+//! One picture's way from noise to the clean sample latents, one call of the network at a
 //! time. Whoever owns the network owns the loop: it may give several
 //! trajectories turns in one forward pass, look at a step, or stop.
 
 use std::sync::Arc;
 
-use super::denoiser::{Level, Predicted};
+use super::prediction::{Level, Predicted};
 use super::{Noise, Sampler};
 
 /// What a solver keeps between calls of the network.
@@ -54,10 +54,10 @@ pub struct Query<'a> {
     pub level: NoiseLevel,
 }
 
-/// How much of latents is signal and how much is noise: `alpha * clean + sigma * noise`.
+/// How much of latents is signal and how much is noise: `alpha * denoised + sigma * noise`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NoiseLevel {
-    /// Factor of the clean sample.
+    /// Factor of the denoised sample.
     pub alpha: f32,
     /// Factor of unit normal noise.
     pub sigma: f32,
@@ -71,9 +71,9 @@ pub struct StepView<'a> {
 }
 
 impl StepView<'_> {
-    /// The clean latents that this call of the network predicted: what a preview shows.
+    /// The denoised latents that this call of the network predicted: what a preview shows.
     pub fn denoised(&self) -> Vec<f32> {
-        self.predicted.clean()
+        self.predicted.denoised()
     }
 }
 
@@ -116,8 +116,8 @@ impl Trajectory {
         let level = *self.level();
         self.asked = self.state.probe.take().unwrap_or_else(|| self.state.x.clone());
         self.answer = answer;
-        let (prediction, bound) = (self.sampler.built.prediction, self.sampler.built.bound);
-        let predicted = Predicted { x: &self.asked, raw: &self.answer, level, prediction, bound };
+        let (prediction, clamp) = (self.sampler.built.prediction, self.sampler.built.clamp);
+        let predicted = Predicted { x: &self.asked, raw: &self.answer, level, prediction, clamp };
         self.sampler.built.solver.advance(self.done, &predicted, &mut self.state, noise);
         self.done += 1;
         StepView { x: &self.state.x, predicted }

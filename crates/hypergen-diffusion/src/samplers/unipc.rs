@@ -3,7 +3,7 @@
 //!
 //! Its flow-matching fields and a foreign predictor (`solver_p`) are refused.
 
-use super::denoiser::{Bound, Level, Predicted, Prediction, zip};
+use super::prediction::{Level, Predicted, Prediction, SampleClamp, zip};
 use super::schedule::{BetaDefaults, Rescale, Schedule};
 use super::spacing::{FinalSigma, Plan, Ramp, Rounding, Spacing, multistep_levels};
 use super::{Built, Fields, Noise, SamplerError, Solver, State};
@@ -22,8 +22,8 @@ struct UniPc {
     orders: Vec<usize>,
     /// Whether the sample at the start of a step is corrected.
     corrected: Vec<bool>,
-    /// Solves for the clean sample, or for the noise.
-    clean: bool,
+    /// Solves for the denoised sample, or for the noise.
+    denoised: bool,
     /// The first of the paper's two choices of B(h).
     first_kind: bool,
 }
@@ -35,15 +35,15 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     for field in ["use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "solver_p"] {
         fields.must_be_off(field)?;
     }
-    let clean = fields.flag("predict_x0", true)?;
-    let bound = if clean { Bound::new(fields, None)? } else { Bound::None };
+    let denoised = fields.flag("predict_x0", true)?;
+    let clamp = if denoised { SampleClamp::new(fields, None)? } else { SampleClamp::None };
     let order = fields.integer("solver_order", 2, 1..=ORDER as i64)? as usize;
     // Other solvers' types are taken for the second kind.
     let choices = [("bh1", true), ("bh2", false), ("midpoint", false), ("heun", false), ("logrho", false)];
     let first_kind = fields.choice("solver_type", false, &choices)?;
     let lower_final = fields.flag("lower_order_final", true)?;
     let end = FinalSigma::new(fields)?;
-    if end == FinalSigma::Zero && !clean {
+    if end == FinalSigma::Zero && !denoised {
         let problem = "needs \"final_sigmas_type\": \"sigma_min\", as it divides by the final sigma";
         return Err(fields.error("predict_x0", problem));
     }
@@ -60,12 +60,12 @@ pub(super) fn build(fields: &Fields, steps: usize) -> Result<Built, SamplerError
     let solver = UniPc {
         orders: (0..count).map(|step| order.min(left(step)).min(step + 1)).collect(),
         corrected: (0..count).map(|step| step > 0 && !disabled.contains(&(step as i64 - 1))).collect(),
-        levels: levels.keeping(),
+        levels: levels.variance_preserving(),
         ratios: levels.sigmas.iter().copied().map(f64::from).collect(),
-        clean,
+        denoised,
         first_kind,
     };
-    Ok(Built { solver: Box::new(solver), prediction, bound })
+    Ok(Built { solver: Box::new(solver), prediction, clamp })
 }
 
 impl Solver for UniPc {
@@ -78,7 +78,7 @@ impl Solver for UniPc {
     }
 
     fn advance(&self, index: usize, predicted: &Predicted<'_>, state: &mut State, _: Noise<'_>) {
-        let output = if self.clean { predicted.clean() } else { predicted.noise() };
+        let output = if self.denoised { predicted.denoised() } else { predicted.noise() };
         if self.corrected[index] && !state.outputs.is_empty() {
             let order = self.orders[index - 1].min(state.outputs.len());
             state.x = self.step(index - 1, order, &state.start, &state.outputs, Some(&output));
@@ -105,7 +105,7 @@ impl UniPc {
         let h = lambda(step + 1) - lambda(step);
         let Some(newest) = outputs.first().filter(|_| h != 0.0) else { return x.to_vec() };
         let (from, to) = (&self.levels[step], &self.levels[step + 1]);
-        let (ratio, unit, signed) = if self.clean {
+        let (ratio, unit, signed) = if self.denoised {
             (to.sigma / from.sigma, to.alpha, -h)
         } else {
             (to.alpha / from.alpha, to.sigma, h)

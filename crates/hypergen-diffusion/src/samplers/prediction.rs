@@ -1,8 +1,8 @@
 //! What stands between samplers and the network: it turns whatever the network
-//! predicts (epsilon, v or the sample) into a clean sample and a noise.
+//! predicts (epsilon, v or the sample) into a denoised sample and a noise.
 //!
-//! A noise level is a pair (alpha, sigma): latents are `alpha * clean + sigma *
-//! noise`. Samplers that keep the variance have alpha^2 + sigma^2 = 1; those that
+//! A noise level is a pair (alpha, sigma): latents are `alpha * denoised + sigma *
+//! noise`. Samplers that preserve the variance have alpha^2 + sigma^2 = 1; those that
 //! let it grow have alpha = 1. No sampler's formula is here.
 
 use super::SamplerError;
@@ -22,7 +22,7 @@ pub(super) struct Level {
 }
 
 impl Level {
-    /// A level of a sampler that keeps the variance, from the schedule's product.
+    /// A level of a sampler that preserves the variance, from the schedule's product.
     pub(super) fn of_product(alpha_cumprod: f32, timestep: f64) -> Self {
         Self {
             product: alpha_cumprod,
@@ -33,7 +33,7 @@ impl Level {
         }
     }
 
-    /// A level of a sampler that keeps the variance, from noise over signal.
+    /// A level of a sampler that preserves the variance, from noise over signal.
     pub(super) fn of_ratio(ratio: f32, timestep: f64) -> Self {
         let alpha = 1.0 / (ratio * ratio + 1.0).sqrt();
         let sigma = ratio * alpha;
@@ -41,7 +41,7 @@ impl Level {
     }
 
     /// A level of a sampler whose latents grow with sigma.
-    pub(super) fn growing(sigma: f32, timestep: f64) -> Self {
+    pub(super) fn variance_exploding(sigma: f32, timestep: f64) -> Self {
         let norm = (sigma * sigma + 1.0).sqrt();
         Self { product: 1.0, alpha: 1.0, sigma, norm, timestep: timestep as f32 }
     }
@@ -54,7 +54,7 @@ pub(super) enum Prediction {
     Epsilon,
     /// The velocity (Salimans and Ho 2022, arXiv 2202.00512).
     V,
-    /// The clean sample.
+    /// The denoised sample.
     Sample,
 }
 
@@ -75,7 +75,7 @@ impl Prediction {
 /// What is done to a predicted clean sample. Meant for models of pixels; latents
 /// should be left alone, but files exist that say otherwise.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Bound {
+pub(super) enum SampleClamp {
     None,
     /// Clamped to a range around zero.
     Clip(f32),
@@ -87,7 +87,7 @@ pub(super) enum Bound {
     },
 }
 
-impl Bound {
+impl SampleClamp {
     /// Reads the thresholding fields, and the clipping ones for a class that
     /// has them, with its default.
     pub(super) fn new(fields: &Fields, clip_default: Option<bool>) -> Result<Self, SamplerError> {
@@ -109,13 +109,13 @@ impl Bound {
         }
     }
 
-    fn apply(self, clean: &mut [f32]) {
+    fn apply(self, denoised: &mut [f32]) {
         match self {
             Self::None => {}
-            Self::Clip(range) => clean.iter_mut().for_each(|v| *v = v.clamp(-range, range)),
+            Self::Clip(range) => denoised.iter_mut().for_each(|v| *v = v.clamp(-range, range)),
             Self::Threshold { ratio, most } => {
-                let limit = quantile_of_magnitudes(clean, ratio).max(1.0).min(most);
-                clean.iter_mut().for_each(|v| *v = v.clamp(-limit, limit) / limit);
+                let limit = quantile_of_magnitudes(denoised, ratio).max(1.0).min(most);
+                denoised.iter_mut().for_each(|v| *v = v.clamp(-limit, limit) / limit);
             }
         }
     }
@@ -143,14 +143,14 @@ pub(super) struct Predicted<'a> {
     pub(super) raw: &'a [f32],
     pub(super) level: Level,
     pub(super) prediction: Prediction,
-    pub(super) bound: Bound,
+    pub(super) clamp: SampleClamp,
 }
 
 impl Predicted<'_> {
-    /// The clean sample, within bounds.
-    pub(super) fn clean(&self) -> Vec<f32> {
+    /// The denoised sample, within bounds.
+    pub(super) fn denoised(&self) -> Vec<f32> {
         let Level { alpha, sigma, norm, .. } = self.level;
-        let mut clean = match self.prediction {
+        let mut denoised = match self.prediction {
             Prediction::Epsilon => zip(self.x, self.raw, |x, noise| (x - sigma * noise) / alpha),
             Prediction::V if norm == 1.0 => zip(self.x, self.raw, |x, v| alpha * x - sigma * v),
             Prediction::V => {
@@ -159,33 +159,33 @@ impl Predicted<'_> {
             }
             Prediction::Sample => self.raw.to_vec(),
         };
-        self.bound.apply(&mut clean);
-        clean
+        self.clamp.apply(&mut denoised);
+        denoised
     }
 
-    /// The noise: what remains when the clean sample, within bounds, is taken away.
+    /// The noise: what remains when the denoised sample, within bounds, is taken away.
     pub(super) fn noise(&self) -> Vec<f32> {
         let Level { alpha, sigma, norm, .. } = self.level;
-        if self.bound == Bound::None && norm == 1.0 {
+        if self.clamp == SampleClamp::None && norm == 1.0 {
             return self.noise_as_predicted();
         }
-        // Growing latents take this way always, because the reference does: from a
+        // Variance-exploding latents take this way always, because the reference does: from a
         // huge first sigma the rounding of the difference shows in the picture.
-        zip(self.x, &self.clean(), |x, clean| (x - alpha * clean) / sigma)
+        zip(self.x, &self.denoised(), |x, denoised| (x - alpha * denoised) / sigma)
     }
 
-    /// The noise without bounds, at a level that keeps the variance.
+    /// The noise without bounds, at a level that preserves the variance.
     pub(super) fn noise_as_predicted(&self) -> Vec<f32> {
         self.noise_of(self.raw, self.x, &self.level)
     }
 
-    /// The noise that a prediction stands for, at a level that keeps the variance.
+    /// The noise that a prediction stands for, at a level that preserves the variance.
     pub(super) fn noise_of(&self, raw: &[f32], x: &[f32], level: &Level) -> Vec<f32> {
         let &Level { alpha, sigma, .. } = level;
         match self.prediction {
             Prediction::Epsilon => raw.to_vec(),
             Prediction::V => zip(x, raw, |x, v| alpha * v + sigma * x),
-            Prediction::Sample => zip(x, raw, |x, clean| (x - alpha * clean) / sigma),
+            Prediction::Sample => zip(x, raw, |x, denoised| (x - alpha * denoised) / sigma),
         }
     }
 }
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn thresholds_at_a_quantile() {
         let mut x = vec![0.5, -4.0, 2.0, 1.0];
-        Bound::Threshold { ratio: 1.0, most: 3.0 }.apply(&mut x);
+        SampleClamp::Threshold { ratio: 1.0, most: 3.0 }.apply(&mut x);
         assert_eq!(x, [0.5 / 3.0, -1.0, 2.0 / 3.0, 1.0 / 3.0]);
     }
 
