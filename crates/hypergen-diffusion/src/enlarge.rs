@@ -17,7 +17,7 @@ pub(crate) fn enlarge(rgb: Vec<u8>, from: Size, to: Size) -> Result<Vec<u8>, Err
     }
     let fitted = fit(from, to);
     let scaled = resize(rgb, from, fitted)?;
-    Ok(if fitted == to { scaled } else { carry_on(&scaled, fitted, to) })
+    Ok(if fitted == to { scaled } else { pad_with_border(&scaled, fitted, to) })
 }
 
 /// The largest size of `from`'s shape within `to`, to the pixel.
@@ -44,7 +44,7 @@ fn resize(rgb: Vec<u8>, from: Size, to: Size) -> Result<Vec<u8>, Error> {
 
 /// Centres a picture in a larger one; the room on each side takes the mean
 /// colour of the border that it adjoins.
-fn carry_on(rgb: &[u8], from: Size, to: Size) -> Vec<u8> {
+fn pad_with_border(rgb: &[u8], from: Size, to: Size) -> Vec<u8> {
     let (left, top) = ((to.width - from.width) / 2, (to.height - from.height) / 2);
     let pixel = |x: usize, y: usize| -> [u8; 3] {
         let at = 3 * (y * from.width + x);

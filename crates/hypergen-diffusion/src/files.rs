@@ -180,8 +180,8 @@ fn no_weights(folder: &Path, part: &str, stem: &str) -> String {
         true => format!("{shown} has no {stem}.safetensors"),
         false => format!("there is no folder {shown}"),
     };
-    let mend = if part == "vae" { ", or give a VAE with --vae" } else { "" };
-    format!("{missing}; is the download of the model complete?{mend}")
+    let fix = if part == "vae" { ", or give a VAE with --vae" } else { "" };
+    format!("{missing}; is the download of the model complete?{fix}")
 }
 
 fn has_extension(folder: &Path, extension: &str) -> bool {

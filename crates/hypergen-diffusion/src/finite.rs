@@ -1,5 +1,5 @@
-//! Refuses numbers that are no numbers, and names the stage that made them. A
-//! black picture explains nothing; this does. It mends nothing.
+//! Refuses values that are not finite, and names the stage that made them. A
+//! black picture explains nothing; this does. It repairs nothing.
 
 use crate::{Error, ErrorKind};
 

@@ -181,7 +181,7 @@ pub enum ErrorKind {
     Model,
     /// Memory ran out.
     OutOfMemory,
-    /// The generation failed: a defect, or numbers that are no numbers.
+    /// The generation failed: a defect, or values that are not finite.
     Internal,
 }
 
@@ -191,7 +191,7 @@ impl ErrorKind {
         [Self::Request, Self::Cancelled, Self::Model, Self::OutOfMemory, Self::Internal];
 }
 
-/// Why there is no picture: one line with the cause and, where there is one, the mend.
+/// Why there is no picture: one line with the cause and, where there is one, the fix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// Whose fault it is.
@@ -214,7 +214,7 @@ const LONGEST: usize = 1200;
 
 /// A message without its middle where it is absurdly long. Messages repeat what
 /// they are about, and a name in a file or a field of a request may be as long as
-/// the file or the request; the cause stands at the beginning and the mend at the end.
+/// the file or the request; the cause stands at the beginning and the fix at the end.
 pub fn clipped(message: impl Into<String>) -> String {
     let message = message.into();
     let characters = if message.len() > LONGEST { message.chars().count() } else { 0 };

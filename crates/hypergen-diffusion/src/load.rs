@@ -235,7 +235,7 @@ fn family_scheduler(files: &ModelFiles, family: &Family) -> Value {
 /// what its UNet predicts, so the UNet is asked.
 fn scheduler(files: &ModelFiles, unet: &UNet, device: &Device, dtype: DType) -> Result<Value, Error> {
     match files {
-        ModelFiles::Single(single) if single.undecided() && predicts_noise(unet, device, dtype) => {
+        ModelFiles::Single(single) if single.prediction_unknown() && predicts_noise(unet, device, dtype) => {
             Ok(families::sd2_base())
         }
         _ => files.json("scheduler/scheduler_config.json"),

@@ -231,7 +231,7 @@ impl Pipeline {
     /// Latents to 8-bit RGB, of the size that was drawn.
     ///
     /// # Errors
-    /// When the decoder produces what is no number.
+    /// When the decoder produces values that are not finite.
     pub fn decode(&self, latents: &Latents) -> Result<Vec<u8>, Error> {
         let config = self.vae.config();
         let mut values = latents.values.clone();
@@ -389,7 +389,7 @@ impl Active {
     }
 }
 
-/// Says of numbers that are none which LoRAs were in use: they are the first to
+/// Says of values that are not finite which LoRAs were in use: they are the first to
 /// be suspected.
 fn with_loras(error: Error, request: &Request) -> Error {
     let used = request.loras.iter().filter(|lora| lora.scale != 0.0);

@@ -586,7 +586,7 @@ fn every_damaged_folder_has_its_own_error() {
     assert!(peak() < 1 << 30, "{} bytes were held", peak());
 }
 
-/// Weights that are no numbers cannot be told before they are multiplied.
+/// Weights that are not finite cannot be told before they are multiplied.
 #[test]
 fn a_weight_that_is_no_number_makes_no_picture() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -234,7 +234,7 @@ impl ServeConfig {
     /// Checks what no single argument can tell.
     ///
     /// # Errors
-    /// One line with the cause and the mend.
+    /// One line with the cause and the fix.
     pub fn check(&self) -> Result<(), String> {
         for key in &self.api_keys {
             key.check()?;

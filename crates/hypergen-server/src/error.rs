@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// One line with the cause and the mend.
+/// One line with the cause and the fix.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ServeError {

@@ -67,7 +67,7 @@ pub(crate) struct Stored {
 #[derive(Debug, Error)]
 pub(crate) enum StoreError {
     #[error(
-        "the picture could not be kept for its URL: {} (ask for response_format b64_json, or have the server's --image-dir mended)",
+        "the picture could not be kept for its URL: {} (ask for response_format b64_json, or have the server's --image-dir repaired)",
         cause(.0)
     )]
     Disk(#[from] io::Error),

@@ -230,7 +230,7 @@ fn cannot_write(path: &Path, e: &io::Error) -> anyhow::Error {
     anyhow!("cannot write '{}': {}", path.display(), words(e))
 }
 
-/// What an input or output error means to a user, with the mend where there is one.
+/// What an input or output error means to a user, with the fix where there is one.
 pub(crate) fn words(e: &io::Error) -> String {
     match e.kind() {
         ErrorKind::StorageFull => {

@@ -55,7 +55,7 @@ fn unfinished(path: &str, code: &str) -> Vec<Finding> {
             findings.push(Finding::line(
                 path,
                 index,
-                "a test that is ignored tests nothing: mend or remove it",
+                "a test that is ignored tests nothing: fix or remove it",
             ));
         }
     }

@@ -154,7 +154,7 @@ impl Hub {
     /// returns its folder or file.
     ///
     /// # Errors
-    /// One line with the mend, for a missing or gated model, no network, a
+    /// One line with the fix, for a missing or gated model, no network, a
     /// full disk, a damaged download, and a model without usable files.
     pub fn pull(&self, id: &ModelId, progress: &mut dyn FnMut(PullProgress<'_>)) -> Result<PathBuf, Error> {
         if self.offline {
@@ -189,7 +189,7 @@ impl Hub {
         self.cache.join(Repo::model(id.repository.clone()).folder_name())
     }
 
-    /// What went wrong, in one line with the mend.
+    /// What went wrong, in one line with the fix.
     fn explain(&self, failure: Failure, id: &ModelId) -> Error {
         let (repository, endpoint) = (&id.repository, &self.endpoint);
         error(match failure {

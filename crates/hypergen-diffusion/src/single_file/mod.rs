@@ -41,7 +41,7 @@ pub struct SingleFile {
     /// Pads of the tokenizers by folder.
     pads: BTreeMap<&'static str, &'static str>,
     /// Neither name nor metadata says whether the UNet predicts epsilon or v.
-    undecided: bool,
+    prediction_unknown: bool,
     /// All of the file, for what else it says of itself.
     file: Checkpoint,
 }
@@ -74,16 +74,16 @@ impl SingleFile {
             json: BTreeMap::new(),
             parts: BTreeMap::new(),
             pads: BTreeMap::new(),
-            undecided: false,
+            prediction_unknown: false,
             file: file.clone(),
         };
         let class = if kind == Kind::Xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" };
         whole
             .json
             .insert("model_index.json", json!({"_class_name": class, "force_zeros_for_empty_prompt": true}));
-        let (scheduler, undecided) = published::scheduler(kind, path, &file);
+        let (scheduler, prediction_unknown) = published::scheduler(kind, path, &file);
         whole.json.insert("scheduler/scheduler_config.json", scheduler);
-        whole.undecided = undecided;
+        whole.prediction_unknown = prediction_unknown;
         let pooled = whole.add_texts(kind, &file)?;
         whole.add_unet(&file, pooled)?;
         whole.add_vae(kind, &file)?;
@@ -177,8 +177,8 @@ impl SingleFile {
     /// When the file has none.
     pub(crate) fn checkpoint(&self, part: &str) -> Result<Checkpoint, Error> {
         self.parts.get(part).cloned().ok_or_else(|| {
-            let mend = if part == "vae" { "; give one with --vae" } else { "" };
-            Error::new(ErrorKind::Model, format!("{} holds no {part}{mend}", self.label))
+            let fix = if part == "vae" { "; give one with --vae" } else { "" };
+            Error::new(ErrorKind::Model, format!("{} holds no {part}{fix}", self.label))
         })
     }
 
@@ -189,8 +189,8 @@ impl SingleFile {
     }
 
     /// Whether only the UNet itself can tell what it predicts.
-    pub(crate) fn undecided(&self) -> bool {
-        self.undecided
+    pub(crate) fn prediction_unknown(&self) -> bool {
+        self.prediction_unknown
     }
 }
 

@@ -16,7 +16,7 @@ pub(crate) const PICKLES: [&str; 4] = ["ckpt", "pt", "pth", "bin"];
 /// Refuses a file whose name says that it is a pickle, or of another format.
 ///
 /// # Errors
-/// With the reason and the mend.
+/// With the reason and the fix.
 pub(super) fn refuse_by_name(path: &Path) -> Result<(), Error> {
     if let Some(what) = recognise::extension(path) {
         return Err(Error::new(ErrorKind::Model, format!("{} is {what}", path.display())));

@@ -1,4 +1,4 @@
-//! Numbers that are no numbers: the stage that made them is named. And numbers
+//! Values that are not finite: the stage that made them is named. And numbers
 //! that are large, but fine: a VAE that float16 could not compute.
 
 use std::fs;

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 /// `detail` and OpenAI's `error`, with the same message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct ErrorBody {
-    /// What went wrong and, where there is one, the mend.
+    /// What went wrong and, where there is one, the fix.
     pub detail: String,
     /// The same in OpenAI's form.
     pub error: ErrorDetail,
@@ -71,7 +71,7 @@ impl ApiError {
         }
     }
 
-    /// The same failure, of which it is known that trying again cannot mend it.
+    /// The same failure, of which it is known that trying again cannot fix it.
     pub(crate) fn lasting(self) -> Self {
         Self { lasting: true, ..self }
     }

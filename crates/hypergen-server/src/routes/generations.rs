@@ -1,5 +1,5 @@
 //! `POST /v1/images/generations`: from a body to pictures. The order is the
-//! one in which things get dearer: read, check, take a place in the queue,
+//! one in which things get more expensive: read, check, take a place in the queue,
 //! wait, encode, store, answer. Dropping the handler's future at any point,
 //! which is what a closed connection does, gives everything back.
 

@@ -76,7 +76,7 @@ fn text(data: &[u8]) -> Option<String> {
     ))
 }
 
-/// Words for the reader's terse errors, with the mend.
+/// Words for the reader's terse errors, with the fix.
 pub(super) fn explain(error: &SafeTensorError, len: usize) -> String {
     let again = "the file is truncated or damaged: download it again";
     match error {
