@@ -32,7 +32,7 @@ pub(crate) enum Refusal {
 }
 
 /// How the queue is at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Snapshot {
     /// Requests that wait.
     pub(crate) waiting: usize,
@@ -40,6 +40,8 @@ pub(crate) struct Snapshot {
     pub(crate) capacity: usize,
     /// Requests that are being drawn.
     pub(crate) in_progress: usize,
+    /// Time until all of them should be drawn, once anything has been measured.
+    pub(crate) time_left: Option<Duration>,
     /// Whether new requests are refused.
     pub(crate) shutting_down: bool,
 }
@@ -131,6 +133,7 @@ impl Engine {
             waiting: state.queue.waiting().len(),
             capacity: self.shared.capacity,
             in_progress: state.queue.begun().len(),
+            time_left: state.time_left(),
             shutting_down: state.draining,
         }
     }
@@ -178,11 +181,15 @@ impl State {
     /// Time until all that is here now should be drawn: at least a second,
     /// and before anything was measured what the first pictures have taken so far.
     fn until_empty(&self) -> Duration {
+        let running = self.now.started.map(|started| started.elapsed()).unwrap_or_default();
+        self.time_left().unwrap_or(running).max(Duration::from_secs(1))
+    }
+
+    /// Time until all that is here now should be drawn, once anything has been measured.
+    fn time_left(&self) -> Option<Duration> {
         let waiting = self.queue.waiting().flat_map(|job| &job.requests);
         let left: f64 = waiting.chain(self.queue.untaken()).map(work).sum();
-        let running = self.now.started.map(|started| started.elapsed()).unwrap_or_default();
-        let estimate = self.pace.estimate(left + self.now.work_left).unwrap_or(running);
-        estimate.max(Duration::from_secs(1))
+        self.pace.estimate(left + self.now.work_left)
     }
 }
 

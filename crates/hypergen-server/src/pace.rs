@@ -1,6 +1,6 @@
 //! How fast the engine is, from what it has measured: the honest part of
-//! `Retry-After`. It is an estimate in steps, not a promise: requests of very
-//! different sizes are averaged.
+//! `Retry-After` and of `/health`. It is an estimate, not a promise: a step costs
+//! the same for each pixel, whatever the size.
 
 use std::time::Duration;
 
@@ -9,11 +9,12 @@ use hypergen_diffusion::Request;
 /// How much of the past is kept at each step; about the last hundred count.
 const DECAY: f64 = 0.99;
 
-/// Work in network evaluations of one picture: the unit that takes about the
-/// same time each, whatever the request's steps, pictures and guidance.
+/// Work in network evaluations of a million pixels: the unit that takes about the
+/// same time each, whatever the request's steps, size and guidance.
 pub(crate) fn work(request: &Request) -> f64 {
     let passes = if request.guidance_scale > 1.0 { 2.0 } else { 1.0 };
-    request.steps as f64 * passes
+    let pixels = (request.size.width * request.size.height) as f64;
+    request.steps as f64 * passes * pixels / 1e6
 }
 
 /// Time and work so far, the old ones fading.

@@ -32,7 +32,7 @@ pub struct ImageData {
 }
 
 /// How the server is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Health {
     /// `ok`, or `shutting_down` (with status 503).
     pub status: &'static str,
@@ -52,6 +52,9 @@ pub struct Health {
     pub max_queue_size: usize,
     /// Requests that are being drawn.
     pub in_progress: usize,
+    /// Seconds until all of them should be drawn, from the speed of the latest steps;
+    /// null before anything was measured.
+    pub queue_seconds: Option<f64>,
     /// Version of HyperGen.
     pub version: &'static str,
 }

@@ -35,6 +35,7 @@ pub(crate) async fn health(State(app): State<Arc<Shared>>) -> Response {
         queue_size: queue.waiting,
         max_queue_size: queue.capacity,
         in_progress: queue.in_progress,
+        queue_seconds: queue.time_left.map(|left| (left.as_secs_f64() * 10.0).round() / 10.0),
         version: env!("CARGO_PKG_VERSION"),
     };
     let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];

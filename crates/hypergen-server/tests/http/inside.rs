@@ -15,7 +15,7 @@ async fn health_tells_how_it_is() {
     assert_eq!(
         health,
         json!({"status": "ok", "model": "fake", "family": "Fake Diffusion", "device": "cpu", "isa": "portable",
-            "dtype": "float32", "queue_size": 0, "max_queue_size": 5, "in_progress": 0,
+            "dtype": "float32", "queue_size": 0, "max_queue_size": 5, "in_progress": 0, "queue_seconds": null,
             "version": env!("CARGO_PKG_VERSION")})
     );
     app.app.drain();

@@ -26,6 +26,7 @@ async fn a_full_queue_is_a_429_that_says_when_to_come_back() {
     assert_eq!((kind.as_str(), code), ("rate_limit_exceeded", json!("queue_full")));
     // A step takes the fake 100 ms (and its text 1 ms): 9 + 10 + 10 of them are left.
     assert_eq!(answer.header("retry-after"), "3");
+    assert_eq!(app.health().await["queue_seconds"], 2.9);
     app.control.release();
     for (client, ahead) in [(running, "0"), (first, "1"), (second, "2")] {
         let answer = client.answer().await;
